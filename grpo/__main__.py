@@ -1,0 +1,120 @@
+"""The command line: ``nanogrpo train``, ``nanogrpo sample`` and ``nanogrpo eval``."""
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+
+from .config import GRPOConfig
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code. Errors of input are one line on stderr and exit code 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"nanogrpo: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="nanogrpo", description="GRPO fine-tuning in very little VRAM")
+    commands = parser.add_subparsers(required=True, metavar="train | sample | eval")
+
+    train = commands.add_parser(
+        "train", help="fine-tune a policy on a task", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    for field in dataclasses.fields(GRPOConfig):
+        _add_flag(train, field)
+    train.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder, with its settings")
+    train.set_defaults(run=_train)
+
+    sample = commands.add_parser("sample", help="answer one prompt")
+    sample.add_argument("prompt", help="what the user says")
+    _add_policy_flags(sample)
+    sample.add_argument("--max-tokens", type=int, default=128)
+    sample.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.set_defaults(run=_sample)
+
+    evaluation = commands.add_parser("eval", help="measure held-out accuracy on a task")
+    _add_policy_flags(evaluation)
+    evaluation.add_argument("--task", default="larger")
+    evaluation.add_argument("--held-out", type=int, default=200)
+    evaluation.add_argument("--max-tokens", type=int, default=12)
+    evaluation.set_defaults(run=_evaluate)
+    return parser
+
+
+def _add_flag(parser, field):
+    """A flag for a field of ``GRPOConfig``, typed by its annotation; unset flags stay None to be told apart."""
+    kind = field.type
+    if isinstance(kind, types.UnionType):
+        kind = next(arg for arg in typing.get_args(kind) if arg is not types.NoneType)
+    name = "--" + field.name.replace("_", "-")
+    if kind is bool:
+        parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default, help=field.metadata["help"])
+    else:
+        parser.add_argument(name, type=kind, default=field.default, metavar=kind.__name__.upper(), help=field.metadata["help"])
+
+
+def _add_policy_flags(parser):
+    parser.add_argument("--model", help="hub name, folder or .gguf file; default: the packaged SmolLM2")
+    parser.add_argument("--adapter", help="folder of an adapter in PEFT's format")
+    parser.add_argument("--quantize", choices=("nf4", "int4"))
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+
+
+def _load(arguments):
+    from ..rollout import Policy
+
+    policy = Policy.load(arguments.model, quantize=arguments.quantize, lora=None, device=arguments.device)
+    if arguments.adapter:
+        policy.load_adapter(arguments.adapter)
+    return policy
+
+
+def _train(arguments):
+    from .run import Run
+
+    settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(GRPOConfig)}
+    if arguments.resume:
+        changed = [f.name for f in dataclasses.fields(GRPOConfig) if settings[f.name] != f.default]
+        if changed:
+            raise ValueError(f"--resume takes all settings from the run; drop --{changed[0].replace('_', '-')}")
+        run = Run.resume(arguments.resume)
+    else:
+        run = Run.create(GRPOConfig(**settings))
+    run.train()
+    return 0
+
+
+def _sample(arguments):
+    from ..rollout import Sampler, SamplingParams
+
+    params = SamplingParams(
+        max_tokens=arguments.max_tokens, temperature=arguments.temperature, seed=arguments.seed
+    )
+    policy = _load(arguments)
+    prompt = policy.tokenizer.apply_chat_template([{"role": "user", "content": arguments.prompt}])
+    [[completion]] = Sampler(policy, max_batch=1).generate([prompt], params)
+    print(completion.text)
+    return 0
+
+
+def _evaluate(arguments):
+    from .evaluation import evaluate
+    from .tasks import find_task
+
+    task = find_task(arguments.task)
+    _, held_out = task.split(arguments.held_out)
+    examples = task.draw_each(held_out, "held out")
+    accuracy, _ = evaluate(_load(arguments), examples, max_tokens=arguments.max_tokens)
+    print(f"{task.name}: held-out accuracy {accuracy}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

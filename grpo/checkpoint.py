@@ -1,0 +1,65 @@
+"""Checkpoints of a run: adapters and optimiser state, written whole or not at all, read without pickle.
+
+All other randomness of a run is keyed by (seed, step), so these tensors and the step number are its whole state.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save_checkpoint(folder, step, policy, optimizer, *, keep=2):
+    """Write ``folder/step-XXXXXX`` under a temporary name, rename it, and drop all but the last ``keep``."""
+    folder = Path(folder)
+    final, partial = folder / f"step-{step:06d}", folder / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {}
+    for name, parameter in policy.adapters().items():
+        tensors[f"adapter.{name}"] = parameter.detach().cpu()
+        for moment in MOMENTS:
+            if parameter in optimizer.state:
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu()
+                tensors["optimizer_step"] = optimizer.state[parameter]["step"].cpu()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors")
+    (partial / "state.json").write_text(json.dumps({"step": step}) + "\n")
+    for file in partial.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def list_checkpoints(folder):
+    """The complete checkpoints under ``folder``, oldest first."""
+    return sorted(Path(folder).glob("step-*"))
+
+
+def load_checkpoint(path, policy, optimizer):
+    """Put a checkpoint into the policy and the optimiser and return its step.
+
+    Raises ValueError naming the checkpoint when it is damaged or belongs to another model.
+    """
+    path = Path(path)
+    try:
+        step = json.loads((path / "state.json").read_text())["step"]
+        tensors = load_file(path / "state.safetensors")
+    except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {path} is damaged: {error}") from error
+    adapters = {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("adapter.")}
+    policy.load_adapter_tensors(adapters, source=str(path))
+    for name, parameter in policy.adapters().items():
+        moments = {moment: tensors.get(f"{moment}.{name}") for moment in MOMENTS}
+        if all(tensor is not None for tensor in moments.values()):
+            state = {moment: tensor.to(parameter.device) for moment, tensor in moments.items()}
+            optimizer.state[parameter] = {"step": tensors["optimizer_step"].clone(), **state}
+    return step

@@ -1,0 +1,108 @@
+"""Every setting of a run in one place, checked before anything is loaded."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .advantages import ESTIMATORS
+from .loss import PRESETS, preset
+from .rewards import REWARDS, parse_rewards
+from .tasks import TASKS, find_task
+
+
+def setting(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """A GRPO run. Every field is a flag of ``nanogrpo train``."""
+
+    model: str | None = setting(None, "hub name, folder or .gguf file; default: the packaged SmolLM2-135M-Instruct")
+    task: str = setting("larger", f"what to learn: {', '.join(TASKS)}")
+    rewards: str = setting("format:0.2,correct:0.8", f"name:weight, ...; names: {', '.join(REWARDS)}")
+    steps: int = setting(60, "optimiser steps")
+    group_size: int = setting(8, "completions a prompt (G)")
+    prompts_per_step: int = setting(8, "prompts a step")
+    max_completion_length: int = setting(12, "tokens a completion at most")
+    temperature: float = setting(1.0, "sampling temperature")
+    algorithm: str = setting("dapo", f"loss preset: {', '.join(PRESETS)}")
+    estimator: str = setting("grpo", f"advantage estimator: {', '.join(ESTIMATORS)}")
+    kl_coef: float = setting(0.0, "weight of the KL penalty against the base model")
+    num_iterations: int = setting(1, "optimiser steps on each batch of rollouts")
+    lora_r: int = setting(16, "rank of the adapters")
+    lora_alpha: float = setting(32.0, "adapters are scaled by alpha / r")
+    lr: float = setting(4e-4, "peak learning rate of AdamW")
+    warmup_steps: int = setting(3, "steps of linear warm-up")
+    min_lr_ratio: float = setting(0.1, "the linear decay ends at this share of lr")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
+    token_budget: int = setting(4096, "packed tokens a micro-batch; lower it to save memory")
+    share_prefix: bool = setting(True, "compute what sequences have in common once in training")
+    held_out: int = setting(200, "held-out questions that measure the result")
+    seed: int = setting(0, "of data, adapters and sampling")
+    device: str | None = setting(None, "cpu or cuda; default: cuda where there is one")
+    dtype: str | None = setting(None, "float32, bfloat16 or float16; default: bfloat16 on cuda, float32 on the CPU")
+    quantize: str | None = setting(None, "4-bit format of the frozen linears: nf4 or int4; default: dense")
+    vram_limit: float | None = setting(None, "GiB of GPU memory that the process may take; default: no limit")
+    out: str | None = setting(None, "run folder; default: runs/TASK-seedSEED")
+
+    def __post_init__(self):
+        find_task(self.task)
+        parse_rewards(self.rewards)
+        preset(self.algorithm)
+        at_least = {
+            "steps": 1,
+            "prompts_per_step": 1,
+            "max_completion_length": 1,
+            "num_iterations": 1,
+            "lora_r": 1,
+            "warmup_steps": 0,
+            "min_lr_ratio": 0,
+            "kl_coef": 0,
+            "token_budget": 1,
+            "held_out": 1,
+            "seed": 0,
+        }
+        for name, low in at_least.items():
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name in ("lr", "temperature", "lora_alpha", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        if self.group_size < 2:
+            raise ValueError(
+                f"group_size must be at least 2, got {self.group_size}: the {self.estimator} advantage compares the "
+                "completions of a prompt with each other"
+            )
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}")
+        if self.quantize not in (None, "nf4", "int4"):
+            raise ValueError(f"quantize must be nf4 or int4, got {self.quantize!r}")
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.vram_limit is not None and not self.vram_limit > 0:
+            raise ValueError(f"vram_limit must be a positive number of GiB, got {self.vram_limit}")
+
+    def loss_config(self):
+        return preset(
+            self.algorithm, kl_coef=self.kl_coef, max_completion_length=self.max_completion_length
+        )
+
+    def learning_rate(self, step):
+        """Learning rate of ``step`` (from 1): linear warm-up, then linear decay to min_lr_ratio * lr."""
+        if step <= self.warmup_steps:
+            return self.lr * step / (self.warmup_steps + 1)
+        progress = (step - self.warmup_steps - 1) / max(1, self.steps - self.warmup_steps)
+        return self.lr * (1 - (1 - self.min_lr_ratio) * progress)
+
+    def save(self, path):
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path):
+        """Read what ``save`` wrote; ValueError naming the file if it does not parse or has unknown settings."""
+        try:
+            return cls(**json.loads(Path(path).read_text()))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path} is no run configuration: {error}") from error

@@ -1,0 +1,33 @@
+"""What a run shows: a row a step while it runs, and its curves as a picture."""
+
+COLUMNS = ("Step", "Training Loss", "reward", "reward_std", "completion_length", "kl")
+
+
+def table_header():
+    return " | ".join(f"{name:>{_width(name)}}" for name in COLUMNS)
+
+
+def table_row(metrics):
+    """One step of the live table: ``metrics`` as ``GRPOTrainer.step`` returns them."""
+    values = {"Step": f"{metrics['step']:d}", "Training Loss": f"{metrics['loss']:.6f}"}
+    values |= {name: f"{metrics[name]:.6f}" for name in COLUMNS[2:]}
+    return " | ".join(f"{values[name]:>{_width(name)}}" for name in COLUMNS)
+
+
+def _width(name):
+    return max(len(name), 4 if name == "Step" else 9)
+
+
+def plot_curves(history, path, title):
+    """Draw reward, reward_std, completion_length and kl against steps into a PNG; ``history``: metrics a step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    steps = [metrics["step"] for metrics in history]
+    for axes, name in zip(figure.subplots(2, 2).flat, COLUMNS[2:], strict=True):
+        axes.plot(steps, [metrics[name] for metrics in history], linewidth=1.5)
+        axes.set_xlabel("step")
+        axes.set_title(name)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)

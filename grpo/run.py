@@ -1,0 +1,179 @@
+"""A whole training run in its folder: configuration, live table, checkpoints, curves, and the result at the end."""
+
+import json
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from .config import GRPOConfig
+from .evaluation import Accuracy, evaluate
+from .report import plot_curves, table_header, table_row
+from .trainer import GRPOTrainer
+
+
+class Run:
+    """The files of a run and the loop around ``GRPOTrainer.step``.
+
+    Under ``folder``: config.json, metrics.jsonl, checkpoints/, before.json, result.json, adapter/, curves.png.
+    A checkpoint follows every step, so a killed run loses the step in flight at most.
+    """
+
+    def __init__(self, config, folder, say=print):
+        self.config = config
+        self.folder = Path(folder)
+        self.say = say
+        self.stop_requested = False
+
+    @classmethod
+    def create(cls, config, say=print):
+        """A new run; ValueError if its folder holds another."""
+        folder = Path(config.out or f"runs/{config.task}-seed{config.seed}")
+        if (folder / "config.json").exists():
+            raise ValueError(
+                f"{folder} holds another run; continue it with --resume {folder}, or name another folder with --out"
+            )
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} is not an empty folder; name another one with --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        run = cls(config, folder, say)
+        run.trainer = GRPOTrainer(config)
+        config.save(folder / "config.json")
+        return run
+
+    @classmethod
+    def resume(cls, folder, say=print):
+        """A run as its last checkpoint left it; metrics of later steps are dropped and will be written again."""
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} holds no run to resume: it has no config.json")
+        run = cls(GRPOConfig.load(folder / "config.json"), folder, say)
+        run.trainer = GRPOTrainer(run.config)
+        checkpoints = list_checkpoints(folder / "checkpoints")
+        if checkpoints:
+            run.trainer.step_count = load_checkpoint(
+                checkpoints[-1], run.trainer.policy, run.trainer.optimizer
+            )
+        history = [m for m in run.history() if m["step"] <= run.trainer.step_count]
+        _write_whole(folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in history))
+        return run
+
+    def history(self):
+        """The metrics of all steps so far; a last line cut short by a kill is left out."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def train(self):
+        """Run to the last step, or until SIGINT or SIGTERM; returns the result, or None if stopped early."""
+        trainer, config = self.trainer, self.config
+        self.say(f"{config.task}: {trainer.task.description}; policy {trainer.policy.name}")
+        self.say(
+            f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group_size} completions, "
+            f"{config.algorithm}, LoRA r={config.lora_r}, {trainer.policy.dtype} on {trainer.policy.device}"
+        )
+        before = self._measure_before()
+        self.say(f"held-out accuracy before: {Accuracy(before['correct'], before['count'])}")
+        self.say(table_header())
+        handlers = {s: signal.signal(s, self._request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while trainer.step_count < config.steps and not self.stop_requested:
+                start = time.perf_counter()
+                metrics = trainer.step()
+                save_checkpoint(
+                    self.folder / "checkpoints", trainer.step_count, trainer.policy, trainer.optimizer
+                )
+                metrics["seconds"] = time.perf_counter() - start
+                with open(self.folder / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(metrics) + "\n")
+                self.say(table_row(metrics))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        trainer.policy.save_adapter(self.folder / "adapter")
+        if history := self.history():
+            plot_curves(history, self.folder / "curves.png", f"{config.task}, seed {config.seed}")
+        if trainer.step_count < config.steps:
+            self.say(
+                f"stopped after step {trainer.step_count}, everything is saved; continue with: "
+                f"nanogrpo train --resume {self.folder}"
+            )
+            return None
+        return self._finish(before, history)
+
+    def _request_stop(self, number, frame):
+        if self.stop_requested:
+            raise KeyboardInterrupt
+        self.stop_requested = True
+        self.say("stopping after this step")
+
+    def _evaluate(self):
+        trainer = self.trainer
+        examples = trainer.task.draw_each(trainer.held_out_sets, "held out")
+        accuracy, completions = evaluate(
+            trainer.policy, examples, max_tokens=self.config.max_completion_length
+        )
+        return {
+            "correct": accuracy.correct,
+            "count": accuracy.count,
+            "question": examples[0].messages[-1]["content"],
+            "expected": examples[0].reply,
+            "reply": completions[0].text,
+        }
+
+    def _measure_before(self):
+        """The base model's held-out result, measured once a run."""
+        path = self.folder / "before.json"
+        if not path.exists():
+            with self.trainer.policy.disable_adapters():
+                _write_whole(path, json.dumps(self._evaluate(), indent=2) + "\n")
+        return json.loads(path.read_text())
+
+    def _finish(self, before, history):
+        after = self._evaluate()
+        policy = self.trainer.policy
+        seconds = sum(m["seconds"] for m in history)
+        rollout_seconds = sum(m["seconds_rollout"] for m in history)
+        result = {
+            "before": before,
+            "after": after,
+            "training_seconds": seconds,
+            "tokens_per_second": sum(m["completion_tokens"] for m in history) / rollout_seconds,
+            "peak_memory_bytes": _peak_memory(policy.device),
+        }
+        _write_whole(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+        then, now = (Accuracy(r["correct"], r["count"]) for r in (before, after))
+        self.say(f"held-out accuracy before: {then}")
+        self.say(f"held-out accuracy after:  {now}")
+        self.say(f"  {after['question']}")
+        self.say(f"  before: {before['reply']!r}")
+        self.say(f"  after:  {after['reply']!r} (expected {after['expected']!r})")
+        memory = "GPU memory" if policy.device.type == "cuda" else "memory"
+        self.say(
+            f"{config_line(self.config)}: {seconds:.0f} s of training, "
+            f"{result['tokens_per_second']:.0f} sampled tokens/s, "
+            f"peak {memory} {result['peak_memory_bytes'] / 2**30:.2f} GiB; see {self.folder}"
+        )
+        return result
+
+
+def config_line(config):
+    return f"{config.steps} steps, seed {config.seed}"
+
+
+def _peak_memory(device):
+    """Bytes: of the CUDA allocator on a GPU, of the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _write_whole(path, text):
+    """Replace ``path`` by ``text`` at once: a reader or a kill never meets half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

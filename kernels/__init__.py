@@ -1,0 +1,19 @@
+"""Tensors in, tensors out: the operations that make GRPO fit and run fast. Needs torch and triton, nothing else."""
+
+from .linear_logprob import LogprobOutput, fused_linear_logprob
+from .lora_linear import lora_linear
+from .matmul_4bit import matmul_4bit
+from .paged_attention import paged_attention, store_kv
+from .quantization import QuantizedWeight, dequantize_4bit, quantize_4bit
+
+__all__ = [
+    "LogprobOutput",
+    "QuantizedWeight",
+    "dequantize_4bit",
+    "fused_linear_logprob",
+    "lora_linear",
+    "matmul_4bit",
+    "paged_attention",
+    "quantize_4bit",
+    "store_kv",
+]

@@ -1,0 +1,448 @@
+"""Attention over a paged key-value cache: split-KV decode, chunked prefill, and the store into the cache.
+
+For query position p of a sequence and head h, with g = h // (H / KVH) its key head,
+
+    out[p, h] = sum_{j <= p} softmax_j(scale * q[p, h] . k[j, g]) v[j, g]
+
+where key j of sequence i stands in the cache at ``[block_table[i, j // block_size], j % block_size]``. The
+queries of a sequence are the last positions of its context, so one op serves prefill, chunked prefill behind
+a cached prefix, and decode.
+
+Decode cuts a context into splits of ``SPLIT`` tokens anchored at position 0. One program per (sequence, key
+head, split) reads each key and value once for all H / KVH query heads; a second kernel merges the splits in
+order. So a sequence's result depends on neither its batch nor the width of the table. For C tokens of context
+it reads 2 C KVH D elements and does 4 C H D FLOPs. Its workspace is S H ceil(max_context / SPLIT) (D + 2)
+float32 values, held to ``WORKSPACE`` bytes by taking the sequences in chunks (of one at least).
+Prefill walks the pages of a sequence once per (query block, head); it needs no workspace.
+
+Scores, softmax and sums are float32 (float64 for float64 inputs, on the CPU only); probabilities are rounded
+to the dtype of the values before the second product. Inference only: the outputs carry no gradient.
+What unused slots hold never reaches a result, and table entries beyond a context may be anything.
+On the CPU, decode gathers ``CPU_CHUNK`` bytes of keys at a time, sequences of like length together.
+
+Papers: PagedAttention, arXiv 2309.06180; FlashAttention-2, arXiv 2307.08691; Flash-Decoding, Dao et al. 2023.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from . import _runtime
+
+SPLIT = 256  # tokens; fixed, so that the order of a row's additions is fixed
+WORKSPACE = 64 * 2**20  # bytes of decode workspace, unless one sequence needs more
+CPU_CHUNK = 2**20  # bytes of keys gathered at a time: keys, values and scores stay in a core's cache
+CPU_QUERIES = 1024  # query rows a call of torch's attention, which bounds its mask
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CPU_DTYPES = (*DTYPES, torch.float64)
+LOG2_E = 1.4426950408889634
+
+# Most bytes of a padded head row; decode (BLOCK_N, warps, stages); prefill (BLOCK_M, BLOCK_N, warps, stages).
+# One table for all cards: each entry fits the 99 KiB of sm_86, sm_89 and sm_120.
+CONFIGS = (
+    (128, (64, 4, 3), (128, 64, 4, 2)),
+    (256, (64, 4, 2), (64, 64, 4, 2)),
+    (512, (32, 4, 2), (64, 32, 4, 1)),
+    (1024, (16, 4, 2), (32, 16, 4, 1)),
+)
+
+
+def store_kv_ref(k, v, k_cache, v_cache, slot_mapping):
+    """Specification of :func:`store_kv`, in place."""
+    kept = slot_mapping >= 0
+    slots = slot_mapping[kept]
+    block_size = k_cache.shape[1]
+    k_cache[slots // block_size, slots % block_size] = k[kept]
+    v_cache[slots // block_size, slots % block_size] = v[kept]
+
+
+def paged_attention_ref(q, k_cache, v_cache, block_table, context_lens, *, cu_seqlens_q=None, scale=None):
+    """Specification of :func:`paged_attention`: one sequence at a time, in the dtype of the inputs."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[1] // k_cache.shape[2]
+    bounds = range(len(q) + 1) if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    out = torch.zeros_like(q)
+    for i, context in enumerate(context_lens.tolist()):
+        start, stop = bounds[i], bounds[i + 1]
+        if context == 0 or start == stop:
+            continue
+        position = torch.arange(context, device=q.device)
+        block, offset = block_table[i][position // k_cache.shape[1]].long(), position % k_cache.shape[1]
+        k = k_cache[block, offset].repeat_interleave(group, dim=1)
+        v = v_cache[block, offset].repeat_interleave(group, dim=1)
+        scores = scale * torch.einsum("qhd,khd->hqk", q[start:stop], k)
+        scores = scores.masked_fill(position > position[start - stop :, None], -torch.inf)
+        out[start:stop] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    return out
+
+
+@triton.jit
+def _store_kv_kernel(
+    k, v, k_cache, v_cache, slot_mapping,
+    k_token, k_head, v_token, v_head,
+    k_cache_block, k_cache_token, k_cache_head, v_cache_block, v_cache_token, v_cache_head,
+    ROW: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token)
+    if slot < 0:
+        return
+    block, offset = slot // PAGE, slot % PAGE
+    column = tl.arange(0, BLOCK)
+    inside = column < ROW
+    head, d = column // D, column % D
+    key = tl.load(k + token * k_token + head * k_head + d, mask=inside)
+    value = tl.load(v + token * v_token + head * v_head + d, mask=inside)
+    k_row = k_cache + block * k_cache_block + offset * k_cache_token
+    v_row = v_cache + block * v_cache_block + offset * v_cache_token
+    tl.store(k_row + head * k_cache_head + d, key, mask=inside)
+    tl.store(v_row + head * v_cache_head + d, value, mask=inside)
+
+
+@triton.jit
+def _attend(
+    q, m, l, acc, position, n, context, k_cache, v_cache, table, scale_log2,
+    k_block, k_token, v_block, v_token, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys ``n`` for query rows at ``position``: the online softmax's step, in base 2."""
+    d = tl.arange(0, BLOCK_D)
+    present = n < context
+    block = tl.load(table + n // PAGE, mask=present, other=0).to(tl.int64)
+    # Absent keys and values load as zeros: what an unused slot holds must not reach a product.
+    mask = present[:, None] & (d < D)[None, :]
+    key = tl.load(
+        k_cache + (block * k_block + n % PAGE * k_token)[:, None] + d[None, :], mask=mask, other=0.0
+    )
+    value = tl.load(
+        v_cache + (block * v_block + n % PAGE * v_token)[:, None] + d[None, :], mask=mask, other=0.0
+    )
+    scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale_log2
+    visible = present[None, :] & (n[None, :] <= position[:, None])
+    scores = tl.where(visible, scores, float("-inf"))
+    m_new = tl.maximum(m, tl.max(scores, 1))
+    shrink = tl.exp2(m - m_new)
+    p = tl.exp2(scores - m_new[:, None])
+    l = l * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
+    return m_new, l, acc
+
+
+@triton.jit
+def _decode_kernel(
+    q, k_cache, v_cache, block_table, context_lens, partial, maxima, sums, scale_log2, splits, table_row,
+    q_token, q_head, k_block, k_token, k_head, v_block, v_token, v_head,
+    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    context = tl.load(context_lens + sequence)
+    start = split * SPLIT
+    if start >= context:
+        return
+    row, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    head = kv_head * GROUP + row
+    inside = (row < GROUP)[:, None] & (d < D)[None, :]
+    queries = tl.load(q + sequence * q_token + head[:, None] * q_head + d[None, :], mask=inside, other=0.0)
+    m = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    position = tl.zeros([BLOCK_G], tl.int32) + (context - 1)
+    for first in range(start, tl.minimum(start + SPLIT, context), BLOCK_N):
+        m, l, acc = _attend(
+            queries, m, l, acc, position, first + tl.arange(0, BLOCK_N), context,
+            k_cache + kv_head * k_head, v_cache + kv_head * v_head, block_table + sequence * table_row,
+            scale_log2, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D,
+        )  # fmt: skip
+    slot = (sequence * tl.num_programs(1) * GROUP + head) * splits + split
+    tl.store(maxima + slot, m, mask=row < GROUP)
+    tl.store(sums + slot, l, mask=row < GROUP)
+    tl.store(partial + slot[:, None] * D + d[None, :], acc, mask=inside)
+
+
+@triton.jit
+def _merge_kernel(
+    partial, maxima, sums, context_lens, out, splits, out_token, out_head,
+    D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    first = (sequence * tl.num_programs(1) + head) * splits
+    m, l = float("-inf"), 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for split in range(0, tl.cdiv(tl.load(context_lens + sequence), SPLIT)):
+        m_split = tl.load(maxima + first + split)
+        m_new = tl.maximum(m, m_split)
+        shrink, grow = tl.exp2(m - m_new), tl.exp2(m_split - m_new)
+        l = l * shrink + tl.load(sums + first + split) * grow
+        acc = acc * shrink + tl.load(partial + (first + split) * D + d, mask=d < D, other=0.0) * grow
+        m = m_new
+    result = acc / tl.where(l > 0, l, 1.0)  # an empty context gives zero
+    tl.store(out + sequence * out_token + head * out_head + d, result.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _prefill_kernel(
+    q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, out, scale_log2, sequences, table_row,
+    q_token, q_head, out_token, out_head, k_block, k_token, k_head, v_block, v_token, v_head,
+    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    program, head = tl.program_id(0), tl.program_id(1)
+    # Sequence i owns the programs from cu_seqlens_q[i] // BLOCK_M + i: an upper bound that needs no host.
+    low = tl.full([], 0, tl.int32)
+    high = low + (sequences - 1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(cu_seqlens_q + middle) // BLOCK_M + middle <= program:
+            low = middle
+        else:
+            high = middle - 1
+    begin, end = tl.load(cu_seqlens_q + low), tl.load(cu_seqlens_q + low + 1)
+    first_row = (program - begin // BLOCK_M - low) * BLOCK_M
+    if first_row >= end - begin:
+        return
+    sequence, context = low.to(tl.int64), tl.load(context_lens + low)
+    row, d = first_row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    position = context - (end - begin) + row
+    token = (begin + row).to(tl.int64)
+    inside = (row < end - begin)[:, None] & (d < D)[None, :]
+    queries = tl.load(q + token[:, None] * q_token + head * q_head + d[None, :], mask=inside, other=0.0)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, tl.minimum(context, context - (end - begin) + first_row + BLOCK_M), BLOCK_N):
+        m, l, acc = _attend(
+            queries, m, l, acc, position, first + tl.arange(0, BLOCK_N), context,
+            k_cache + head // GROUP * k_head, v_cache + head // GROUP * v_head,
+            block_table + sequence * table_row, scale_log2,
+            k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D,
+        )  # fmt: skip
+    result = acc / tl.where(l > 0, l, 1.0)[:, None]
+    to = out + token[:, None] * out_token + head * out_head + d[None, :]
+    tl.store(to, result.to(out.dtype.element_ty), mask=inside)
+
+
+def _store_kv_triton(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    tokens, kv_heads, dim = k.shape
+    if tokens == 0:
+        return
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    with _runtime.launch_on(k):
+        _store_kv_kernel[(tokens,)](
+            k, v, k_cache, v_cache, slot_mapping.contiguous(), *k.stride()[:2], *v.stride()[:2],
+            *k_cache.stride()[:3], *v_cache.stride()[:3],
+            ROW=kv_heads * dim, D=dim, PAGE=k_cache.shape[1], BLOCK=triton.next_power_of_2(kv_heads * dim),
+            num_warps=4,
+        )  # fmt: skip
+
+
+def _paged_attention_triton(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    context_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    make = torch.empty if cu_seqlens_q is None else torch.zeros
+    out = make(q.shape, dtype=q.dtype, device=q.device)
+    if len(q) == 0:
+        return out
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    table, lens = block_table.contiguous(), context_lens.contiguous()
+    (tokens, heads, dim), (page, kv_heads) = q.shape, k_cache.shape[1:3]
+    block_d = max(16, triton.next_power_of_2(dim))
+    decode, prefill = next(tiles for most, *tiles in CONFIGS if block_d * q.element_size() <= most)
+    cache_strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
+    shape = {"GROUP": heads // kv_heads, "D": dim, "PAGE": page, "BLOCK_D": block_d}
+    if cu_seqlens_q is not None:
+        block_m, block_n, warps, stages = prefill
+        with _runtime.launch_on(q):
+            _prefill_kernel[(triton.cdiv(tokens, block_m) + len(lens), heads)](
+                q, k_cache, v_cache, table, lens, cu_seqlens_q.contiguous(), out, scale * LOG2_E, len(lens),
+                table.stride(0), *q.stride()[:2], *out.stride()[:2], *cache_strides, **shape,
+                BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+        return out
+    block_n, warps, stages = decode
+    splits = max(1, triton.cdiv(table.shape[1] * page, SPLIT))
+    chunk = min(tokens, max(1, WORKSPACE // (4 * heads * splits * (dim + 2))))
+    partial = torch.empty(chunk * heads * splits * dim, dtype=torch.float32, device=q.device)
+    maxima, sums = torch.empty(2, chunk * heads * splits, dtype=torch.float32, device=q.device)
+    for start in range(0, tokens, chunk):
+        rows = slice(start, min(start + chunk, tokens))
+        with _runtime.launch_on(q):
+            _decode_kernel[(rows.stop - start, kv_heads, splits)](
+                q[rows], k_cache, v_cache, table[rows], lens[rows], partial, maxima, sums, scale * LOG2_E, splits,
+                table.stride(0), *q.stride()[:2], *cache_strides, **shape, SPLIT=SPLIT,
+                BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK_N=block_n,
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+            _merge_kernel[(rows.stop - start, heads)](
+                partial, maxima, sums, lens[rows], out[rows], splits, *out.stride()[:2],
+                D=dim, SPLIT=SPLIT, BLOCK_D=block_d, num_warps=1,
+            )  # fmt: skip
+    return out
+
+
+@torch.no_grad()
+def _store_kv_torch(k, v, k_cache, v_cache, slot_mapping):
+    if len(slot_mapping) and slot_mapping.min() < 0:
+        kept = slot_mapping >= 0
+        k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
+    block, offset = slot_mapping // k_cache.shape[1], slot_mapping % k_cache.shape[1]
+    k_cache.index_put_((block, offset), k)
+    v_cache.index_put_((block, offset), v)
+
+
+@torch.no_grad()
+def _paged_attention_torch(q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale):
+    if cu_seqlens_q is None:
+        return _decode_torch(q, k_cache, v_cache, block_table, context_lens, scale)
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    bounds = cu_seqlens_q.tolist()
+    for i, context in enumerate(context_lens.tolist()):
+        begin, end = bounds[i], bounds[i + 1]
+        if context == 0 or begin == end:
+            continue
+        pages = block_table[i, : triton.cdiv(context, k_cache.shape[1])]
+        k, v = (cache.index_select(0, pages).flatten(0, 1).transpose(0, 1) for cache in (k_cache, v_cache))
+        for start in range(begin, end, CPU_QUERIES):
+            stop = min(start + CPU_QUERIES, end)
+            seen, rows = context - end + stop, stop - start
+            # torch's causal mask starts at the first key, so a chunk behind a prefix brings its own.
+            behind = 1 < rows < seen
+            visible = torch.ones(rows, seen, dtype=torch.bool).tril_(seen - rows) if behind else None
+            attended = F.scaled_dot_product_attention(
+                q[start:stop].transpose(0, 1)[None], k[None, :, :seen], v[None, :, :seen], visible,
+                is_causal=rows == seen, scale=scale, enable_gqa=True,
+            )  # fmt: skip
+            out[start:stop] = attended[0].transpose(0, 1)
+    return out
+
+
+def _decode_torch(q, k_cache, v_cache, block_table, context_lens, scale):
+    page, kv_heads, dim = k_cache.shape[1:]
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    lens, order = context_lens.sort()  # neighbours in length are gathered together: little padding
+    host_lens, token_bytes = lens.tolist(), kv_heads * dim * k_cache.element_size()
+    empty, end = host_lens.count(0), len(host_lens)
+    while end > empty:
+        longest = host_lens[end - 1]
+        pages = triton.cdiv(longest, page)
+        begin = max(empty, end - max(1, CPU_CHUNK // (pages * page * token_bytes)))
+        rows, shortest, visible = order[begin:end], host_lens[begin], None
+        blocks = block_table[rows, :pages]
+        if shortest < longest:
+            visible = torch.arange(pages * page) < lens[begin:end, None]
+            blocks = blocks.where(visible[:, ::page], 0)
+        k, v = (
+            cache.index_select(0, blocks.flatten()).view(end - begin, -1, kv_heads, dim)[:, :longest]
+            for cache in (k_cache, v_cache)
+        )
+        if visible is not None:
+            for x in (k, v):
+                x[:, shortest:].masked_fill_(~visible[:, shortest:longest, None, None], 0)
+            visible = visible[:, None, None, :longest]
+        attended = F.scaled_dot_product_attention(
+            q[rows].unflatten(1, (kv_heads, -1)), k.transpose(1, 2), v.transpose(1, 2), visible, scale=scale
+        )
+        out[rows] = attended.flatten(1, 2)
+        end = begin
+    return out
+
+
+_store_kv = torch.library.custom_op(
+    f"{_runtime.LIB}::store_kv", _store_kv_triton, mutates_args=("k_cache", "v_cache"), device_types="cuda"
+)
+_store_kv.register_kernel("cpu")(_store_kv_triton if _runtime.INTERPRET else _store_kv_torch)
+_store_kv.register_fake(lambda k, v, k_cache, v_cache, slot_mapping: None)
+_paged_attention = _runtime.register(
+    "paged_attention",
+    triton_impl=_paged_attention_triton,
+    torch_impl=_paged_attention_torch,
+    fake=lambda q, *others: torch.empty(q.shape, dtype=q.dtype, device=q.device),
+)
+
+
+def _check_caches(x, k_cache, v_cache):
+    """``x`` (T, heads, D) and the two caches must agree in head dimension, dtype and device."""
+    shape, page = tuple(k_cache.shape), k_cache.shape[1] if k_cache.ndim == 4 else 0
+    _runtime.check(
+        page >= 16 and page & (page - 1) == 0 and v_cache.shape == k_cache.shape,
+        "expected caches of one shape (num_blocks, block_size, KVH, D), block_size a power of two >= 16, "
+        f"got {shape} and {tuple(v_cache.shape)}",
+    )
+    strides = k_cache.stride(3), v_cache.stride(3)
+    _runtime.check(strides == (1, 1), f"expected caches contiguous in D, got strides {strides}")
+    _runtime.check(
+        x.ndim == 3 and x.shape[2] == shape[3] and 1 <= shape[3] <= 256,
+        f"expected (T, heads, D) with D = {shape[3]} of the caches, at most 256, got {tuple(x.shape)}",
+    )
+    dtypes, devices = [[getattr(t, name) for t in (x, k_cache, v_cache)] for name in ("dtype", "device")]
+    _runtime.check(
+        dtypes.count(x.dtype) == 3 and x.dtype in (CPU_DTYPES if x.device.type == "cpu" else DTYPES),
+        f"expected one floating dtype, got {x.dtype} and caches of {dtypes[1]} and {dtypes[2]}",
+    )
+    _runtime.check(devices.count(x.device) == 3, f"expected one device, got {devices}")
+
+
+def _check_index(name, index, shape, dtype, device):
+    _runtime.check(
+        tuple(index.shape) == shape and index.dtype == dtype and index.device == device,
+        f"{name} must be {shape} {dtype} on {device}, got {tuple(index.shape)} {index.dtype}, {index.device}",
+    )
+
+
+def store_kv(k, v, k_cache, v_cache, slot_mapping):
+    """Write the keys and values of T tokens into the paged cache, in place.
+
+    Args:
+        k, v: (T, KVH, D), the dtype of the caches.
+        k_cache, v_cache: (num_blocks, block_size, KVH, D); block_size a power of two >= 16. Written.
+        slot_mapping: (T,) int64, slot = block * block_size + offset; -1 skips the token. Slots must differ.
+
+    Raises:
+        ValueError: a shape, dtype, device or block size is not as above.
+    """
+    _check_caches(k, k_cache, v_cache)
+    _runtime.check(
+        k.shape == v.shape and k.dtype == v.dtype and k.device == v.device and k.shape[1] == k_cache.shape[2],
+        f"k and v must be (T, {k_cache.shape[2]}, {k_cache.shape[3]}), alike, got {k.shape} and {v.shape}",
+    )
+    _check_index("slot_mapping", slot_mapping, (len(k),), torch.int64, k.device)
+    _store_kv(k, v, k_cache, v_cache, slot_mapping)
+
+
+def paged_attention(q, k_cache, v_cache, block_table, context_lens, *, cu_seqlens_q=None, scale=None):
+    """Causal attention of the last tokens of S sequences over their cached keys and values. No gradient.
+
+    Args:
+        q: (T, H, D), D at most 256; float32, float16 or bfloat16 (float64 on the CPU).
+        k_cache, v_cache: (num_blocks, block_size, KVH, D), the dtype of q; KVH divides H.
+        block_table: (S, max_blocks) int32, the cache blocks of each sequence in order; blocks may be shared.
+        context_lens: (S,) int32, keys visible to the sequence's last query, itself included; from the
+            sequence's number of queries to max_blocks * block_size, or 0, which gives zeros.
+        cu_seqlens_q: (S + 1,) int32 bounds of each sequence's queries in q; None is one query a sequence.
+        scale: factor of the scores, 1 / sqrt(D) by default.
+
+    Returns:
+        (T, H, D) in the dtype of q; rows at or beyond cu_seqlens_q[-1] are zero.
+
+    Raises:
+        ValueError: a shape, dtype, device, head count or block size is not as above.
+    """
+    _check_caches(q, k_cache, v_cache)
+    (tokens, heads, dim), kv_heads, sequences = q.shape, k_cache.shape[2], len(block_table)
+    _runtime.check(
+        kv_heads > 0 and heads % kv_heads == 0, f"key heads must divide query heads, got {kv_heads}, {heads}"
+    )
+    _check_index("block_table", block_table, (sequences, block_table.shape[-1]), torch.int32, q.device)
+    _check_index("context_lens", context_lens, (sequences,), torch.int32, q.device)
+    if cu_seqlens_q is not None:
+        _check_index("cu_seqlens_q", cu_seqlens_q, (sequences + 1,), torch.int32, q.device)
+    _runtime.check(
+        cu_seqlens_q is not None or tokens == sequences,
+        f"without cu_seqlens_q expected one query a sequence, got {tokens} for {sequences} sequences",
+    )
+    scale = dim**-0.5 if scale is None else scale
+    return _paged_attention(q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale)

@@ -1,0 +1,232 @@
+"""4-bit weights, NormalFloat (``nf4``) and affine integers (``int4``): to codes and back, bit for bit.
+
+    nf4    w = code_book[code] * absmax     codes, scales and values of bitsandbytes 0.50
+    int4   w = scale * code + minimum       codes, scales and values of GGUF's Q4_1
+
+(Double quantisation follows bitsandbytes on the CPU; its CUDA code picks the neighbouring 8-bit scale in rare ties.)
+``dequantize_4bit`` reads N*K/2 bytes of codes and the scales, writes N*K values, and takes no other memory on CUDA
+(on the CPU: a few tiles of ``CPU_TILE`` values and, for double quant, the N*K/quant_block scales in float32).
+Values are computed in float32, each operation rounded once, then rounded to the output dtype. No gradients: the
+weights are frozen.
+
+Papers: QLoRA, Dettmers et al. 2023, arXiv 2305.14314; 8-bit block-wise maps, Dettmers et al. 2022, arXiv 2110.02861.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from . import _runtime
+from .quantized_weight import DTYPES, INT4_BLOCK, NESTED_BLOCK, QuantizedWeight, check_layout, decode_absmax
+
+NF4_CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+TILE = 8192  # values a program of the CUDA kernel, on every card: it only streams
+CPU_TILE = 1 << 18  # float32 values: 1 MB, about one core's L2 cache
+
+
+def quantize_4bit(weight, format="nf4", block_size=64, double_quant=False):
+    """Quantise ``weight`` (N, K), float32, float16 or bfloat16, on its own device.
+
+    Args:
+        format: "nf4", equal to bitsandbytes bit for bit, or "int4", equal to GGUF's Q4_1.
+        block_size: nf4: weights that share one absmax, a power of two from 32 to 4096. int4's block is 32, which
+            both 32 and the default ask for.
+        double_quant: nf4 only: the absmax, less their mean, in 8 bits in blocks of 256.
+
+    Raises:
+        ValueError: unless K is a multiple of the block and every weight is finite (int4: within float16's range).
+    """
+    _runtime.check(weight.dtype in DTYPES, f"weight is {weight.dtype}, expected one of {DTYPES}")
+    if format == "int4":
+        _runtime.check(not double_quant, "double_quant is for nf4: int4's scales are float16 already")
+        block_size = INT4_BLOCK if block_size == 64 else block_size
+    check_layout(tuple(weight.shape), format, block_size)
+    weight = weight.detach().contiguous()
+    quantize = _quantize_nf4 if format == "nf4" else _quantize_int4
+    step = max(1, 16 * CPU_TILE // weight.shape[1])
+    parts = [quantize(part, block_size) for part in weight.split(step)]
+    merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if format == "nf4":
+        merged["code_book"] = torch.tensor(NF4_CODE, device=weight.device)
+        if double_quant:
+            merged |= _quantize_absmax(merged["scale"])
+    described = {"shape": weight.shape, "format": format, "quant_block": block_size, "dtype": weight.dtype}
+    return QuantizedWeight(**merged, **described)
+
+
+def _quantize_nf4(weight, block):
+    N, K = weight.shape
+    values = weight.float().reshape(N, K // block, block)
+    absmax = values.abs().amax(-1)
+    _runtime.check(bool(absmax.isfinite().all()), "weight has infinite or NaN values, expected finite ones")
+    code = torch.tensor(NF4_CODE, device=weight.device)
+    scaled = (values * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(-1)).clamp(-1, 1)
+    nearest = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True)
+    nearest = nearest.to(torch.uint8).reshape(N, K)
+    return {"codes": nearest[:, ::2] << 4 | nearest[:, 1::2], "scale": absmax}
+
+
+def _quantize_int4(weight, block):
+    N, K = weight.shape
+    values = weight.float().reshape(N, K // block, block)
+    low, high = values.amin(-1), values.amax(-1)
+    step = (high - low) / 15
+    scale, minimum = step.half(), low.half()
+    _runtime.check(
+        bool((scale.isfinite() & minimum.isfinite()).all()),
+        "weight has values that are NaN or outside float16's range",
+    )
+    inverse = torch.where(step == 0, 0, 1 / step)
+    codes = ((values - low.unsqueeze(-1)) * inverse.unsqueeze(-1) + 0.5).trunc().nan_to_num().clamp(0, 15)
+    first, second = codes.to(torch.uint8).chunk(2, dim=-1)
+    return {"codes": (first | second << 4).reshape(N, K // 2), "scale": scale, "minimum": minimum}
+
+
+def _quantize_absmax(absmax):
+    """8-bit codes of the absmax (N, blocks): nearest in the dynamic map, found on a grid of 2^16 points."""
+    flat = absmax.reshape(-1)
+    offset = flat.mean() if len(flat) else flat.new_zeros(())
+    groups = triton.cdiv(len(flat), NESTED_BLOCK)
+    centred = F.pad(flat - offset, (0, groups * NESTED_BLOCK - len(flat))).view(groups, NESTED_BLOCK)
+    nested_scale = centred.abs().amax(-1)
+    code = _dynamic_map().to(absmax.device)
+    grid = -1 + 2 * torch.arange(65536, device=absmax.device, dtype=torch.float32) / 65535
+    above = torch.searchsorted(code, grid).clamp(max=255)
+    below = (above - 1).clamp(min=0)
+    nearest = torch.where(code[above] - grid < grid - code[below], above, below).to(torch.uint8)
+    scaled = (centred * (1 / nested_scale).unsqueeze(-1)).clamp(-1, 1)
+    codes = nearest[((scaled + 1) * 32767.5 + 0.5).nan_to_num().int()]
+    codes[nested_scale == 0] = 0
+    return {
+        "scale": codes.reshape(-1)[: len(flat)].reshape(absmax.shape).contiguous(),
+        "nested_scale": nested_scale,
+        "nested_code": code,
+        "nested_offset": offset,
+    }
+
+
+def _dynamic_map():
+    """The signed 8-bit dynamic type (256,): seven decades, each with twice the points of the one below."""
+    values = [torch.tensor([0.0, 1.0])]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        points = 10.0 ** (exponent - 6) * (edges[:-1] + edges[1:]) / 2
+        values += [points, -points]
+    return torch.cat(values).sort().values
+
+
+def dequantize_4bit_ref(q, dtype=None):
+    """What ``dequantize_4bit`` computes: (N, K) in ``dtype``, any floating type, by default that of ``q``."""
+    N, K = q.shape
+    codes = q.codes.view(N, K // q.quant_block, q.quant_block // 2)
+    low, high = (codes & 15).int(), (codes >> 4).int()
+    if q.format == "nf4":
+        values = q.code_book[torch.stack((high, low), -1).flatten(-2)] * q.absmax().unsqueeze(-1)
+    else:
+        values = torch.cat((low, high), -1) * q.scale.float().unsqueeze(-1) + q.minimum.float().unsqueeze(-1)
+    return values.view(N, K).to(dtype or q.dtype)
+
+
+@triton.jit
+def decode_tile(codes, scales, block, mask, first_block, QUANT_BLOCK: tl.constexpr, FORMAT: tl.constexpr):
+    """The values of whole blocks as float32: the first nibbles' (..., QUANT_BLOCK/2), then the second nibbles'.
+
+    ``block`` int64 and ``mask``, both (..., 1), number the blocks. nf4: elements 2j and 2j+1; int4: j and j+16.
+    ``scales`` is (scale, minimum), (absmax, code_book) or (codes of absmax, code_book, nested scale, code, offset).
+    Launch with ``enable_fp_fusion=False``: a fused multiply-add of nested scales would round once, not twice.
+    """
+    HALF: tl.constexpr = QUANT_BLOCK // 2
+    packed = tl.load(codes + block * HALF + tl.arange(0, HALF), mask=mask, other=0).to(tl.int32)
+    low, high = packed & 15, packed >> 4
+    scale = tl.load(scales[0] + block, mask=mask, other=0)
+    if FORMAT == "int4":
+        minimum = tl.load(scales[1] + block, mask=mask, other=0).to(tl.float32)
+        scale = scale.to(tl.float32)
+        first, second = low.to(tl.float32) * scale + minimum, high.to(tl.float32) * scale + minimum
+    else:
+        if FORMAT == "nested_nf4":
+            group = tl.load(scales[2] + (block + first_block) // 256, mask=mask, other=0)
+            scale = tl.load(scales[3] + scale.to(tl.int32)) * group + tl.load(scales[4])
+        first, second = tl.load(scales[1] + high) * scale, tl.load(scales[1] + low) * scale
+    return first, second
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes, scales, out, blocks, first_block,
+    QUANT_BLOCK: tl.constexpr, FORMAT: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    mask = block < blocks
+    first, second = decode_tile(codes, scales, block, mask, first_block, QUANT_BLOCK, FORMAT)
+    first, second = first.to(out.dtype.element_ty), second.to(out.dtype.element_ty)
+    if FORMAT == "int4":
+        values = tl.join(first, second).permute(0, 2, 1).reshape(BLOCK_B, QUANT_BLOCK)
+    else:
+        values = tl.interleave(first, second)
+    tl.store(out + block * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK), values, mask=mask)
+
+
+def kernel_format(scales):
+    """The FORMAT that ``decode_tile`` compiles for."""
+    return {torch.float16: "int4", torch.float32: "nf4", torch.uint8: "nested_nf4"}[scales[0].dtype]
+
+
+def _dequantize_triton(
+    codes: torch.Tensor, scales: list[torch.Tensor], quant_block: int, first_block: int, dtype: torch.dtype
+) -> torch.Tensor:
+    out = _dequantize_fake(codes, scales, quant_block, first_block, dtype)
+    if blocks := scales[0].numel():
+        block_b = TILE // quant_block
+        with _runtime.launch_on(codes):
+            _dequantize_kernel[(triton.cdiv(blocks, block_b),)](
+                codes, tuple(scales), out, blocks, first_block, QUANT_BLOCK=quant_block,
+                FORMAT=kernel_format(scales), BLOCK_B=block_b, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+    return out
+
+
+def _dequantize_torch(codes, scales, quant_block, first_block, dtype):
+    out = _dequantize_fake(codes, scales, quant_block, first_block, dtype)
+    packed, values = codes.view(-1, quant_block // 2), out.view(-1, quant_block)
+    nf4 = kernel_format(scales) != "int4"
+    scale = (decode_absmax(scales, first_block) if nf4 else scales[0]).view(-1, 1)
+    if nf4:
+        byte = torch.arange(256, device=codes.device)
+        # one 8-byte look-up gives both of a byte's float32 values
+        pairs = torch.stack((scales[1][byte >> 4], scales[1][byte & 15]), -1).view(torch.int64).flatten()
+    else:
+        minimum = scales[1].view(-1, 1)
+    for start in range(0, len(values), CPU_TILE // quant_block):
+        part = slice(start, start + CPU_TILE // quant_block)
+        if nf4:
+            values[part] = pairs[packed[part].int()].view(torch.float32).mul_(scale[part])
+        else:
+            nibbles = torch.cat((packed[part] & 15, packed[part] >> 4), -1)
+            values[part] = nibbles.float().mul_(scale[part]).add_(minimum[part])
+    return out
+
+
+def _dequantize_fake(codes, scales, quant_block, first_block, dtype):
+    return torch.empty(codes.shape[0], 2 * codes.shape[1], dtype=dtype, device=codes.device)
+
+
+dequantize_op = _runtime.register(
+    "dequantize_4bit", triton_impl=_dequantize_triton, torch_impl=_dequantize_torch, fake=_dequantize_fake
+)
+
+
+def dequantize_4bit(q, dtype=None):
+    """The weight (N, K) of ``q`` in ``dtype`` (float32, float16 or bfloat16; by default that of ``q``).
+
+    Bit-equal to bitsandbytes' ``dequantize_4bit`` (nf4) and to gguf's Q4_1. For less than the whole, dequantise
+    ``q.rows(start, stop)``.
+    """
+    dtype = dtype or q.dtype
+    _runtime.check(dtype in DTYPES, f"dtype is {dtype}, expected one of {DTYPES}")
+    return dequantize_op(*q.operands(), dtype)

@@ -1,0 +1,57 @@
+"""What a layer attends to: a packed tree of tokens (scoring, training) or the paged KV cache (prefill, decode).
+
+The transformer calls ``attend(layer, q, k, v)`` and knows nothing else about attention, so the very same modules
+serve every phase. Shapes: q (T, H, D); k, v (T, KVH, D); the result (T, H, D).
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from ..kernels import paged_attention, store_kv
+
+
+class TreeAttention:
+    """Attention inside a packed tree in preorder: query i sees key j when j <= i < key_end[j].
+
+    A chain of tokens is the special case in which every key_end is the end of its sequence, so one rule serves
+    packed sequences and shared prefixes. Builds a (T, T) boolean mask: T bytes a token.
+    """
+
+    def __init__(self, key_end):
+        """key_end (T,) int64: the preorder index just past the last descendant of each token."""
+        index = torch.arange(key_end.numel(), device=key_end.device)
+        self.mask = (index[None, :] <= index[:, None]) & (index[:, None] < key_end[None, :])
+
+    def __call__(self, layer, q, k, v):
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        dtype = q.dtype
+        # In float64 the order of sums no longer shows in float32: CPU training agrees with CPU decoding.
+        wide = torch.float64 if dtype == torch.float32 and q.device.type == "cpu" else dtype
+        q, k, v = (rearrange(x, "t h d -> 1 h t d").to(wide) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        return rearrange(out, "1 h t d -> t h d").to(dtype)
+
+
+class PagedAttention:
+    """Attention over the paged KV cache: stores the new keys and values, then reads through the block tables.
+
+    All tokens of a call are stored before any is read, so sequences of one call may share new blocks.
+    """
+
+    def __init__(self, cache, slot_mapping, block_table, context_lens, cu_seqlens_q=None):
+        """cache: a ``KVCache``; slot_mapping (T,) int64; block_table (S, blocks) and context_lens (S,) int32;
+        cu_seqlens_q (S+1,) int32 for prefill, None when every sequence brings one token (decode)."""
+        self.cache = cache
+        self.slot_mapping = slot_mapping
+        self.block_table = block_table
+        self.context_lens = context_lens
+        self.cu_seqlens_q = cu_seqlens_q
+
+    def __call__(self, layer, q, k, v):
+        k_cache, v_cache = self.cache.layer(layer)
+        store_kv(k, v, k_cache, v_cache, self.slot_mapping)
+        return paged_attention(
+            q, k_cache, v_cache, self.block_table, self.context_lens, cu_seqlens_q=self.cu_seqlens_q
+        )

@@ -1,0 +1,105 @@
+"""The paged KV cache: block arithmetic on plain integers, and the tensors that it indexes.
+
+A block holds the keys and values of ``block_size`` consecutive tokens. Sequences own blocks through their block
+tables; a full block may be shared by any number of sequences that begin with the same tokens (PagedAttention,
+arXiv 2309.06180).
+"""
+
+import torch
+
+
+class OutOfBlocks(Exception):
+    """No free block is left; the scheduler answers by preempting."""
+
+
+class BlockAllocator:
+    """Reference-counted block ids with a prefix index: equal leading blocks are found and shared while they live."""
+
+    def __init__(self, num_blocks):
+        self.num_blocks = num_blocks
+        self.ref_counts = [0] * num_blocks
+        self.free = list(range(num_blocks - 1, -1, -1))
+        self.by_content = {}  # (previous block or -1, its tokens) -> block
+        self.content = {}  # block -> its key in by_content
+
+    @property
+    def num_free(self):
+        return len(self.free)
+
+    def allocate(self):
+        """A fresh block with one owner; raises ``OutOfBlocks``."""
+        if not self.free:
+            raise OutOfBlocks
+        block = self.free.pop()
+        self.ref_counts[block] = 1
+        return block
+
+    def share(self, block):
+        """One more owner for a live block."""
+        if self.ref_counts[block] == 0:
+            raise ValueError(f"block {block} is free and cannot be shared")
+        self.ref_counts[block] += 1
+        return block
+
+    def release(self, block):
+        """One owner fewer; a block without owners is free and forgotten by the prefix index."""
+        if self.ref_counts[block] == 0:
+            raise ValueError(f"block {block} is already free")
+        self.ref_counts[block] -= 1
+        if self.ref_counts[block] == 0:
+            if block in self.content:
+                del self.by_content[self.content.pop(block)]
+            self.free.append(block)
+
+    def find(self, previous, tokens):
+        """The live full block that holds ``tokens`` after block ``previous`` (-1: at the start), or None."""
+        return self.by_content.get((previous, tokens))
+
+    def publish(self, block, previous, tokens):
+        """Let later sequences find this full block by its content, unless an equal one is published already."""
+        key = (previous, tokens)
+        if key not in self.by_content and block not in self.content:
+            self.by_content[key] = block
+            self.content[block] = key
+
+    def check_invariants(self, tables=None):
+        """Every block is free xor owned; with all live block ``tables`` given, counts equal the owners."""
+        assert len(set(self.free)) == len(self.free)
+        for block, count in enumerate(self.ref_counts):
+            assert (count == 0) == (block in self.free), f"block {block}: {count} owners"
+        assert {block: key for key, block in self.by_content.items()} == self.content
+        for previous, _ in self.by_content:
+            assert previous == -1 or self.ref_counts[previous] > 0, (
+                "a published block outlived the one before it"
+            )
+        if tables is not None:
+            owners = [0] * self.num_blocks
+            for table in tables:
+                for block in table:
+                    owners[block] += 1
+            assert owners == self.ref_counts, "reference counts differ from the block tables"
+
+
+class KVCache:
+    """Keys and values of all layers in one tensor (layers, 2, num_blocks, block_size, KV heads, head_dim)."""
+
+    def __init__(self, config, num_blocks, block_size, *, device, dtype):
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+        self.data = torch.empty((config.num_hidden_layers, 2, *shape), device=device, dtype=dtype)
+
+    @staticmethod
+    def bytes_per_block(config, block_size, dtype):
+        width = config.num_key_value_heads * config.head_dim
+        return 2 * config.num_hidden_layers * block_size * width * dtype.itemsize
+
+    def layer(self, index):
+        """(k_cache, v_cache) of one layer, each (num_blocks, block_size, KV heads, head_dim)."""
+        return self.data[index, 0], self.data[index, 1]
+
+    def copy_blocks(self, pairs):
+        """Copy whole blocks, all layers at once; pairs: (source, destination) block ids."""
+        if pairs:
+            source, destination = torch.tensor(pairs, device=self.data.device).unbind(1)
+            self.data[:, :, destination] = self.data[:, :, source]

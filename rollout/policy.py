@@ -1,0 +1,228 @@
+"""A policy: weights, tokenizer and adapters, with the log-probabilities that training and scoring need."""
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..kernels import QuantizedWeight, dequantize_4bit, fused_linear_logprob, quantize_4bit
+from .attention import TreeAttention
+from .checkpoint import open_checkpoint, resolve_checkpoint
+from .model import LINEARS, Transformer
+from .packing import pack_tree
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): rank r, scaling alpha / r, on the linears named in ``targets``."""
+
+    r: int = 16
+    alpha: float = 16
+    targets: tuple[str, ...] = LINEARS
+
+    def __post_init__(self):
+        if self.r < 1:
+            raise ValueError(f"LoRA r must be at least 1, got {self.r}")
+        if not self.alpha > 0:
+            raise ValueError(f"LoRA alpha must be positive, got {self.alpha}")
+        unknown = sorted(set(self.targets) - set(LINEARS))
+        if unknown or not self.targets:
+            raise ValueError(f"LoRA targets must be some of {', '.join(LINEARS)}; got {unknown or 'none'}")
+
+
+class Policy:
+    """A frozen base with live adapters, which the sampler and the trainer read from the same tensors."""
+
+    def __init__(self, model, tokenizer, *, name="", lora=None):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = model.config
+        self.name = name
+        self.lora = lora
+
+    @classmethod
+    def load(cls, name_or_path=None, *, quantize=None, lora=LoraConfig(), device=None, dtype=None, seed=0):
+        """Load a checkpoint (default: the packaged SmolLM2-135M-Instruct) and attach fresh adapters.
+
+        quantize: "nf4", "int4" or None (dense) for the linears of the blocks; lora: ``LoraConfig`` or None;
+        device: CUDA where there is one, else the CPU; dtype: bfloat16 on CUDA, float32 on the CPU; seed: of lora_a.
+        """
+        if quantize not in (None, "nf4", "int4"):
+            raise ValueError(f'quantize must be "nf4", "int4" or None, got {quantize!r}')
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        checkpoint = open_checkpoint(resolve_checkpoint(name_or_path))
+        weights = {}
+        for tensor_name, tensor in checkpoint.tensors(keep_4bit=quantize is not None):
+            is_linear = tensor_name.rsplit(".", 2)[-2] in LINEARS and tensor_name.endswith(".weight")
+            weights[tensor_name] = _place(tensor, quantize if is_linear else None, device, dtype)
+        policy = cls(Transformer(checkpoint.config, weights), checkpoint.tokenizer, name=str(checkpoint.path))
+        if lora is not None:
+            policy.add_adapters(lora, seed=seed)
+        return policy
+
+    @property
+    def device(self):
+        return self.model.embedding.device
+
+    @property
+    def dtype(self):
+        return self.model.embedding.dtype
+
+    def add_adapters(self, lora, *, seed=0):
+        """Attach fresh adapters, which leave the policy's output as it is until they are trained."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, linear in self.model.linears():
+            if name.rsplit(".", 1)[-1] in lora.targets:
+                linear.add_adapter(lora.r, lora.alpha, generator)
+        self.lora = lora
+
+    def adapters(self):
+        """Dict of PEFT parameter names to the live adapter parameters, in the model's order."""
+        found = {}
+        for name, linear in self.model.linears():
+            if linear.lora_a is not None:
+                found[f"base_model.model.{name}.lora_A.weight"] = linear.lora_a
+                found[f"base_model.model.{name}.lora_B.weight"] = linear.lora_b
+        return found
+
+    @contextlib.contextmanager
+    def disable_adapters(self):
+        """Inside, the policy is its frozen base: the reference policy, without a second set of weights."""
+        linears = [linear for _, linear in self.model.linears()]
+        before = [linear.adapter_on for linear in linears]
+        for linear in linears:
+            linear.adapter_on = False
+        try:
+            yield self
+        finally:
+            for linear, adapter_on in zip(linears, before, strict=True):
+                linear.adapter_on = adapter_on
+
+    def score(
+        self,
+        input_ids,
+        completion_mask,
+        *,
+        cu_seqlens=None,
+        temperature=1.0,
+        return_entropy=False,
+        share_prefix=True,
+    ):
+        """Log-probabilities of the completion tokens, each given all tokens before it in its sequence.
+
+        Args:
+            input_ids: (N,) int64, sequences laid end to end; or (B, T), a sequence a row.
+            completion_mask: bool, the shape of input_ids: the tokens to score. A sequence's first token has no
+                predecessor and cannot be scored.
+            cu_seqlens: (S+1,) sequence borders of a flat input_ids; None: one sequence.
+            temperature: logits are divided by it.
+            return_entropy: also return the entropy (nats) of each scored token's distribution.
+            share_prefix: compute what sequences have in common once.
+
+        Returns:
+            Float32 log-probs of input_ids' shape, 0 where not scored, differentiable to the adapters where grad is
+            enabled; with return_entropy a pair (logprobs, entropy).
+        """
+        shape = input_ids.shape
+        if completion_mask.shape != shape:
+            raise ValueError(
+                f"completion_mask has shape {tuple(completion_mask.shape)}, input_ids {tuple(shape)}"
+            )
+        if input_ids.dim() == 2:
+            cu_seqlens = torch.arange(shape[0] + 1) * shape[1]
+        elif cu_seqlens is None:
+            cu_seqlens = torch.tensor([0, shape[0]])
+        flat_ids, borders = input_ids.reshape(-1).tolist(), cu_seqlens.tolist()
+        if borders[0] != 0 or borders[-1] != len(flat_ids) or sorted(borders) != borders:
+            raise ValueError(f"cu_seqlens must rise from 0 to {len(flat_ids)}, got {borders[:8]}")
+        sequences = [flat_ids[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+        tree = pack_tree(sequences, share_prefix=share_prefix).to(self.device)
+        mask = completion_mask.reshape(-1).to(self.device)
+        scored = torch.zeros(tree.input_ids.numel(), dtype=torch.bool, device=self.device)
+        scored[tree.node[mask]] = True
+        if bool((scored & (tree.parent < 0)).any()):
+            raise ValueError("completion_mask marks the first token of a sequence, which nothing predicts")
+        hidden_states = self.model(tree.input_ids, tree.positions, TreeAttention(tree.key_end))
+        targets = scored.nonzero().squeeze(-1)
+        out = fused_linear_logprob(
+            hidden_states[tree.parent[targets]],
+            self.model.head,
+            tree.input_ids[targets],
+            temperature=temperature,
+            return_entropy=return_entropy,
+        )
+        row_of_node = torch.zeros_like(tree.parent).index_copy_(
+            0, targets, torch.arange(targets.numel()).to(targets)
+        )
+        rows = row_of_node[tree.node[mask]]
+
+        def scatter(values):
+            flat = values.new_zeros(mask.numel())
+            return flat.masked_scatter(mask, values[rows]).reshape(shape)
+
+        if return_entropy:
+            return scatter(out.logprobs), scatter(out.entropy)
+        return scatter(out.logprobs)
+
+    def save_adapter(self, folder):
+        """Write the adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+        if self.lora is None:
+            raise ValueError("this policy has no adapters to save")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.adapters().items()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        description = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.name,
+            "r": self.lora.r,
+            "lora_alpha": self.lora.alpha,
+            "lora_dropout": 0.0,
+            "target_modules": list(self.lora.targets),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+    def load_adapter(self, folder):
+        """Replace the adapters by those of a folder in PEFT's format, made by this project or by PEFT."""
+        folder = Path(folder)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (folder / file).is_file():
+                raise ValueError(f"{folder} is no adapter folder: it has no {file}")
+        description = json.loads((folder / "adapter_config.json").read_text())
+        lora = LoraConfig(
+            r=description["r"], alpha=description["lora_alpha"], targets=tuple(description["target_modules"])
+        )
+        self.add_adapters(lora)
+        self.load_adapter_tensors(load_file(folder / "adapter_model.safetensors"), source=str(folder))
+
+    def load_adapter_tensors(self, tensors, *, source):
+        """Copy ``tensors`` (by PEFT's names) into the live adapters; ``source`` names them in errors."""
+        live = self.adapters()
+        if set(tensors) != set(live):
+            odd = sorted(set(tensors) ^ set(live))[:3]
+            raise ValueError(f"{source}: adapter tensors do not fit this model, first differences: {odd}")
+        for name, parameter in live.items():
+            if tensors[name].shape != parameter.shape:
+                got, expected = tuple(tensors[name].shape), tuple(parameter.shape)
+                raise ValueError(f"{source}: {name} has shape {got}, expected {expected}")
+            parameter.data.copy_(tensors[name])
+
+
+def _place(tensor, quantize, device, dtype):
+    """A checkpoint's tensor on its device, in 4 bits where asked; a 4-bit tensor of another format is requantised."""
+    if isinstance(tensor, QuantizedWeight):
+        if quantize == tensor.format:
+            return tensor.to(device)
+        tensor = dequantize_4bit(tensor, torch.float32)
+    tensor = tensor.to(device)
+    if quantize is None:
+        return tensor.to(dtype)
+    return quantize_4bit(tensor, quantize, 32 if quantize == "int4" else 64)

@@ -1,0 +1,140 @@
+"""From logits to tokens: filters, counter-based noise, and the log-probability of what was drawn."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a completion is drawn; the names and meanings are vLLM's.
+
+    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off. ``stop`` strings end a
+    completion and are cut from its text; ``stop_token_ids`` end it beside the model's own end tokens, which
+    ``ignore_eos`` disregards. ``logit_bias`` maps token ids to what is added to their logits. All noise comes from
+    ``seed``.
+    """
+
+    max_tokens: int = 128
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    ignore_eos: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        rules = {
+            "max_tokens must be at least 1": self.max_tokens >= 1,
+            "min_tokens must be between 0 and max_tokens": 0 <= self.min_tokens <= self.max_tokens,
+            "temperature must be >= 0": self.temperature >= 0,
+            "top_k must be >= 0 (0: off)": self.top_k >= 0,
+            "top_p must be in (0, 1]": 0 < self.top_p <= 1,
+            "min_p must be in [0, 1]": 0 <= self.min_p <= 1,
+            "repetition_penalty must be > 0": self.repetition_penalty > 0,
+            "stop must be strings, none empty": not isinstance(self.stop, str) and all(self.stop),
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                raise ValueError(f"{rule}, got {getattr(self, rule.split()[0])!r}")
+
+    @property
+    def filters(self):
+        """Whether sampling is cut to part of the vocabulary."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+_MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+
+def _mix(x):
+    """The finaliser of SplitMix64 (Steele et al., OOPSLA 2014) on uint64 arrays."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def counter_uniform(seed, prompt_index, group_index, position):
+    """Float64 uniforms in (0, 1) keyed by (seed, prompt, member of the group, position): arrays that broadcast.
+
+    A draw depends on its key alone, so a completion does not depend on batch, order or preemption, and no two
+    members of a group share noise.
+    """
+    with np.errstate(over="ignore"):
+        state = np.uint64(seed & int(_MASK))
+        for key in (prompt_index, group_index, position):
+            counter = np.asarray(key, dtype=np.uint64) + np.uint64(1)
+            state = _mix(state + np.uint64(0x9E3779B97F4A7C15) * counter)
+        return ((_mix(state) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def adjust_logits(logits, params, histories):
+    """Repetition penalty (arXiv 1909.05858) over the tokens of ``histories`` (a list a row), then logit bias."""
+    if params.repetition_penalty != 1:
+        logits = logits.clone()
+        for row, history in zip(logits, histories, strict=True):
+            seen = torch.tensor(sorted(set(history)), device=logits.device)
+            values = row[seen]
+            row[seen] = values * torch.where(
+                values > 0, 1 / params.repetition_penalty, params.repetition_penalty
+            )
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=logits.device)
+        bias = torch.tensor(list(params.logit_bias.values()), device=logits.device, dtype=logits.dtype)
+        logits = logits.index_add(1, ids, bias.expand(logits.shape[0], -1))
+    return logits
+
+
+def filter_logits(logits, params):
+    """Logits with -inf outside top-k, then top-p, then min-p, each over what the one before it kept."""
+    if params.top_k and params.top_k < logits.shape[-1]:
+        kth = logits.topk(params.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if params.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probs = ordered.softmax(-1)
+        outside = probs.cumsum(-1) - probs >= params.top_p  # the first token past the mass is still kept
+        logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
+    if params.min_p > 0:
+        probs = logits.softmax(-1)
+        logits = logits.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), -torch.inf)
+    return logits
+
+
+def sample(logits, uniforms, params, *, histories=None, banned=None):
+    """Draw a token a row by inverting the cumulative distribution.
+
+    Args:
+        logits: (B, V) float32, as the model gives them.
+        uniforms: (B,) float64 in (0, 1), from ``counter_uniform``.
+        params: ``SamplingParams``.
+        histories: the tokens so far of each row, for the repetition penalty.
+        banned: (B, V) bool, tokens that must not be drawn, or None.
+
+    Returns:
+        tokens (B,) int64; logprobs (B,) float32 of the unadjusted logits at the sampling temperature (1 if
+        greedy) over the full vocabulary; kept (B,) float32, the share of that distribution inside the filters.
+    """
+    scaled = logits / params.temperature if params.temperature > 0 else logits
+    centred = scaled - scaled.amax(-1, keepdim=True)
+    log_total = centred.exp().sum(-1, keepdim=True).log()
+    choice = adjust_logits(logits, params, histories)
+    if banned is not None:
+        choice = choice.masked_fill(banned, -torch.inf)
+    if params.temperature == 0:
+        tokens = choice.argmax(-1)
+        kept = torch.ones_like(log_total[:, 0])
+    else:
+        weights = filter_logits(choice / params.temperature, params).softmax(-1, dtype=torch.float64)
+        cumulative = weights.cumsum(-1)
+        threshold = uniforms.to(logits.device)[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+        full = (centred - log_total).exp()
+        kept = (full * (weights > 0)).sum(-1) if params.filters else torch.ones_like(full[:, 0])
+    return tokens, (centred.gather(1, tokens[:, None]) - log_total)[:, 0], kept

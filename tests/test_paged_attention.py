@@ -1,0 +1,353 @@
+"""Paged attention and the store into its cache, against plain attention over each sequence's own keys."""
+
+import importlib
+import math
+import os
+from unittest import mock
+
+import pytest
+import torch
+from cross_compile import assert_compiles, every_card
+from hypothesis import given
+from hypothesis import strategies as st
+from nanogrpo.kernels.paged_attention import paged_attention, paged_attention_ref, store_kv, store_kv_ref
+from numerics import EPS, assert_no_worse_than
+
+module = importlib.import_module("nanogrpo.kernels.paged_attention")  # the package exports its function
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
+# Half dtypes round the probabilities and the output once each; float32 scores of magnitude <= 8 round to 4 ulp.
+FLOOR = {dtype: EPS[dtype] * (4 if dtype == torch.float32 else 1) for dtype in DTYPES}
+FLOOR[torch.bfloat16] = EPS[torch.bfloat16]
+
+
+def paged(contexts, kv_heads, dim, *, dtype, page=16, spare=1, device="cpu", seed=0):
+    """Caches that hold NaN wherever no key stands, and a table that holds -1 wherever no block is owned."""
+    generator = torch.Generator().manual_seed(seed)
+    width = -(-max(contexts, default=0) // page) + spare
+    table = torch.randperm(len(contexts) * width, generator=generator).view(-1, width)
+    caches = [torch.full((table.numel() + 1, page, kv_heads, dim), torch.nan, dtype=dtype) for _ in range(2)]
+    for row, context in zip(table, contexts, strict=True):
+        position = torch.arange(context)
+        slots = row[position // page] * page + position % page
+        store_kv_ref(*torch.randn(2, context, kv_heads, dim, generator=generator).to(dtype), *caches, slots)
+        row[-(-context // page) :] = -1
+    lens = torch.tensor(contexts, dtype=torch.int32)
+    return [x.to(device) for x in (*caches, table.int(), lens)]
+
+
+def queries(counts, heads, dim, *, dtype, device="cpu", seed=1):
+    q = torch.randn(sum(counts), heads, dim, generator=torch.Generator().manual_seed(seed))
+    cu_seqlens = torch.tensor([0, *counts]).cumsum(0).int()
+    return q.to(device, dtype), cu_seqlens.to(device)
+
+
+def assert_correct(q, k_cache, v_cache, table, lens, **options):
+    ours = paged_attention(q, k_cache, v_cache, table, lens, **options)
+    assert ours.dtype == q.dtype
+    plain = paged_attention_ref(q, k_cache, v_cache, table, lens, **options)
+    truth = paged_attention_ref(q.double(), k_cache.double(), v_cache.double(), table, lens, **options)
+    assert_no_worse_than(ours, plain, truth, floor=FLOOR[q.dtype])
+    return ours
+
+
+@st.composite
+def batches(draw):
+    """Contexts of 0 to 290 tokens (over one split), each with its number of trailing queries."""
+    contexts = draw(
+        st.lists(st.sampled_from([0, 1, 15, 16, 17, 64, 129, 256, 257, 290]), min_size=1, max_size=5)
+    )
+    counts = [draw(st.integers(0, min(context, 140))) for context in contexts]
+    kv_heads, group = draw(st.sampled_from([(1, 1), (1, 4), (2, 3), (3, 1), (1, 17)]))
+    dim = draw(st.sampled_from([16, 24, 64, 96, 128]))
+    page, dtype = draw(st.sampled_from([16, 32, 512])), draw(st.sampled_from(DTYPES))
+    return contexts, counts, kv_heads, group, dim, page, dtype, draw(st.integers(0, 2**31))
+
+
+@given(batches())
+def test_decode_matches_reference(batch):
+    contexts, _, kv_heads, group, dim, page, dtype, seed = batch
+    cache = paged(contexts, kv_heads, dim, dtype=dtype, page=page, seed=seed)
+    q, _ = queries([1] * len(contexts), kv_heads * group, dim, dtype=dtype, seed=seed + 1)
+    out = assert_correct(q, *cache)
+    assert (out[cache[3] == 0] == 0).all()
+
+
+@given(batches(), st.sampled_from([None, 0.3]))
+def test_prefill_matches_reference(batch, scale):
+    contexts, counts, kv_heads, group, dim, page, dtype, seed = batch
+    cache = paged(contexts, kv_heads, dim, dtype=dtype, page=page, seed=seed)
+    q, cu_seqlens = queries(counts, kv_heads * group, dim, dtype=dtype, seed=seed + 1)
+    assert_correct(q, *cache, cu_seqlens_q=cu_seqlens, scale=scale)
+
+
+@given(batches())
+def test_store_kv_writes_its_slots_and_no_other(batch):
+    contexts, _, kv_heads, _, dim, page, dtype, seed = batch
+    generator, tokens = torch.Generator().manual_seed(seed), sum(contexts) % 67
+    ours = [torch.randn(8, page, kv_heads, dim, generator=generator).to(dtype) for _ in range(2)]
+    expected = [cache.clone() for cache in ours]
+    k, v = torch.randn(2, kv_heads, tokens, dim, generator=generator).to(dtype).transpose(1, 2)
+    slots = torch.randperm(8 * page, generator=generator)[:tokens]
+    slots[::3] = -1
+    store_kv(k, v, *ours, slots)
+    store_kv_ref(k, v, *expected, slots)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_decode_of_a_position_agrees_with_its_prefill_row(device):
+    k_cache, v_cache, table, lens = paged([290], 2, 32, dtype=torch.float32, device=device)
+    q, cu_seqlens = queries([290], 6, 32, dtype=torch.float32, device=device)
+    rows = paged_attention(q, k_cache, v_cache, table, lens, cu_seqlens_q=cu_seqlens)
+    positions = torch.tensor([0, 1, 15, 16, 100, 255, 256, 289], device=device)
+    decoded = paged_attention(
+        q[positions], k_cache, v_cache, table.expand(len(positions), -1), positions.int() + 1
+    )
+    # Both sum the same float32 terms in different orders.
+    torch.testing.assert_close(decoded, rows[positions], rtol=0, atol=16 * EPS[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_powers_of_two_are_exact(dtype, device):
+    """A scale of log 2 makes every weight a power of two, so all is exact but the last division and rounding."""
+    contexts, counts, dim = [300, 70], [150, 70], 64
+    k_cache, v_cache, table, lens = paged(contexts, 1, dim, dtype=dtype, device=device)
+    k_cache, v_cache = k_cache.round().clamp(-1, 1), v_cache.round()
+    k_cache[..., 4:] = 0  # scores from -4 to 4
+    q, cu_seqlens = queries(counts, 3, dim, dtype=dtype, device=device)
+    q = q.round().clamp(-1, 1)
+    for rows, options in ((q, {"cu_seqlens_q": cu_seqlens}), (q[:2], {})):
+        cache = k_cache, v_cache, table, lens
+        ours = paged_attention(rows, *cache, scale=math.log(2), **options)
+        double = rows.double(), k_cache.double(), v_cache.double(), table, lens
+        truth = paged_attention_ref(*double, scale=math.log(2), **options)
+        torch.testing.assert_close(ours.double(), truth, rtol=EPS[dtype], atol=1e-6)
+
+
+def test_chunked_prefill_agrees_with_one_prefill(device):
+    cache = paged([200], 1, 32, dtype=torch.float32, device=device)
+    q, cu_seqlens = queries([200], 2, 32, dtype=torch.float32, device=device)
+    whole = paged_attention(q, *cache, cu_seqlens_q=cu_seqlens)
+    for start, stop in [(0, 64), (64, 65), (65, 200)]:
+        bounds = torch.tensor([0, stop - start], dtype=torch.int32, device=device)
+        context = torch.tensor([stop], dtype=torch.int32, device=device)
+        part = paged_attention(q[start:stop], *cache[:3], context, cu_seqlens_q=bounds)
+        torch.testing.assert_close(part, whole[start:stop], rtol=0, atol=16 * EPS[torch.float32])
+
+
+def test_sequences_may_share_blocks(device):
+    k_cache, v_cache, table, _ = paged([64, 64], 1, 16, dtype=torch.float32, device=device)
+    shared = table.clone()
+    shared[1, :2] = shared[0, :2]
+    copied_k, copied_v = k_cache.clone(), v_cache.clone()
+    copied_k[table[1, :2]], copied_v[table[1, :2]] = k_cache[table[0, :2]], v_cache[table[0, :2]]
+    lens = torch.tensor([64, 50], dtype=torch.int32, device=device)
+    q, _ = queries([1, 1], 2, 16, dtype=torch.float32, device=device)
+    expected = paged_attention(q, copied_k, copied_v, table, lens)
+    assert torch.equal(paged_attention(q, k_cache, v_cache, shared, lens), expected)
+
+
+def test_a_row_depends_on_nothing_else_in_the_batch(device):
+    if device.type == "cpu" and not INTERPRET:
+        pytest.skip("torch's CPU attention blocks its sums by the padded length: equal to rounding only")
+    contexts = [300, 3, 257, 0, 256]
+    k_cache, v_cache, table, lens = paged(contexts, 2, 16, dtype=torch.float32, spare=20, device=device)
+    q, _ = queries([1] * 5, 4, 16, dtype=torch.float32, device=device)
+    together = paged_attention(q, k_cache, v_cache, table, lens)
+    for i, context in enumerate(contexts):
+        narrow = table[i : i + 1, : max(1, -(-context // 16))]
+        alone = paged_attention(q[i : i + 1], k_cache, v_cache, narrow, lens[i : i + 1])
+        assert torch.equal(alone[0], together[i])
+    with mock.patch.object(module, "WORKSPACE", 1):
+        assert torch.equal(paged_attention(q, k_cache, v_cache, table, lens), together)
+
+
+@pytest.mark.parametrize("chunks", [{"CPU_CHUNK": 20000}, {"CPU_CHUNK": 1}, {"CPU_QUERIES": 7}])
+def test_cpu_chunks_change_nothing(chunks):
+    contexts = [70, 0, 33, 64, 1, 16]
+    cache = paged(contexts, 2, 16, dtype=torch.float32)
+    counts = [40, 0, 33, 1, 1, 9]
+    with mock.patch.multiple(module, **chunks):
+        q, cu_seqlens = queries(counts, 4, 16, dtype=torch.float32)
+        assert_correct(q, *cache, cu_seqlens_q=cu_seqlens)
+        assert_correct(queries([1] * 6, 4, 16, dtype=torch.float32)[0], *cache)
+
+
+def test_no_sequence_and_no_query(device):
+    k_cache, v_cache, table, lens = paged([20, 5], 1, 16, dtype=torch.float32, device=device)
+    q, cu_seqlens = queries([0, 0], 2, 16, dtype=torch.float32, device=device)
+    assert paged_attention(q, k_cache, v_cache, table, lens, cu_seqlens_q=cu_seqlens).shape == (0, 2, 16)
+    assert paged_attention(q, k_cache, v_cache, table[:0], lens[:0]).shape == (0, 2, 16)
+    rows, _ = queries([1, 1], 2, 16, dtype=torch.float32, device=device)
+    assert (paged_attention(rows, k_cache, v_cache, table[:, :0], torch.zeros_like(lens)) == 0).all()
+    before = k_cache.clone()
+    store_kv(q[:, :1], q[:, :1], k_cache, v_cache, torch.empty(0, dtype=torch.int64, device=device))
+    assert torch.equal(k_cache.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+def test_rows_beyond_the_last_query_are_zero(device):
+    cache = paged([20], 1, 16, dtype=torch.float32, device=device)
+    q, cu_seqlens = queries([4], 2, 16, dtype=torch.float32, device=device)
+    padded = torch.cat([q, q])
+    out = paged_attention(padded, *cache, cu_seqlens_q=cu_seqlens)
+    assert torch.equal(out[:4], paged_attention(q, *cache, cu_seqlens_q=cu_seqlens)) and (out[4:] == 0).all()
+
+
+def test_non_contiguous_inputs(device):
+    k_cache, v_cache, table, lens = paged([40, 18], 2, 16, dtype=torch.float32, device=device)
+    strided = torch.stack([k_cache, v_cache], 1)  # (num_blocks, 2, block_size, KVH, D)
+    slices = table.T.contiguous().T, lens.repeat_interleave(2)[::2]
+    cu_seqlens = torch.tensor([0, 9, 1, 9, 2], dtype=torch.int32, device=device)[::2]
+    q = torch.randn(2, 4, 32, device=device)[..., ::2]
+    for bounds in (None, cu_seqlens):
+        ours = paged_attention(q, strided[:, 0], strided[:, 1], *slices, cu_seqlens_q=bounds)
+        expected = paged_attention(q.contiguous(), k_cache, v_cache, table, lens, cu_seqlens_q=bounds)
+        # Torch's CPU attention takes another path for strided queries; ours is equal bit for bit.
+        torch.testing.assert_close(ours, expected, rtol=0, atol=8 * EPS[torch.float32])
+    k, v = torch.randn(2, 3, 2, 32, device=device)[..., ::2]
+    slots = torch.tensor([0, 9, 33, 9, 34, 9], device=device)[::2]
+    store_kv(k, v, strided[:, 0], strided[:, 1], slots)
+    store_kv(k.contiguous(), v.contiguous(), k_cache, v_cache, slots.contiguous())
+    assert torch.equal(strided.nan_to_num(7.0), torch.stack([k_cache, v_cache], 1).nan_to_num(7.0))
+
+
+GOOD = {
+    "q": torch.zeros(2, 4, 16),
+    "k_cache": torch.zeros(3, 16, 2, 16),
+    "v_cache": torch.zeros(3, 16, 2, 16),
+    "block_table": torch.zeros(2, 1, dtype=torch.int32),
+    "context_lens": torch.ones(2, dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"q": torch.zeros(2, 3, 16)}, "key heads must divide query heads, got 2, 3"),
+        ({"q": torch.zeros(2, 4, 32)}, "D = 16"),
+        ({"q": torch.zeros(2, 4, 16, dtype=torch.float16)}, "one floating dtype"),
+        ({"q": torch.zeros(4, 16)}, r"expected \(T, heads, D\)"),
+        ({"q": torch.zeros(3, 4, 16)}, "one query a sequence, got 3 for 2"),
+        ({"v_cache": torch.zeros(4, 16, 2, 16)}, "caches of one shape"),
+        (
+            {"k_cache": torch.zeros(3, 24, 2, 16), "v_cache": torch.zeros(3, 24, 2, 16)},
+            "power of two >= 16, got .3, 24, 2, 16.",
+        ),
+        ({"k_cache": torch.zeros(3, 16, 2, 32)[..., ::2]}, "caches contiguous in D, got strides .2, 1."),
+        ({"block_table": torch.zeros(2, 1, dtype=torch.int64)}, "block_table must be .* torch.int32"),
+        ({"block_table": torch.zeros(2, dtype=torch.int32)}, "block_table must be"),
+        ({"context_lens": torch.ones(3, dtype=torch.int32)}, r"context_lens must be \(2,\)"),
+        ({"cu_seqlens_q": torch.zeros(2, dtype=torch.int32)}, r"cu_seqlens_q must be \(3,\)"),
+    ],
+)
+def test_wrong_input_raises(changes, message):
+    with pytest.raises(ValueError, match=message):
+        paged_attention(**(GOOD | changes))
+
+
+@pytest.mark.parametrize(
+    "k, slots, message",
+    [
+        (torch.zeros(2, 1, 16), torch.zeros(2, dtype=torch.int64), "k and v must be"),
+        (torch.zeros(2, 2, 16), torch.zeros(2, dtype=torch.int32), "slot_mapping must be"),
+        (torch.zeros(2, 2, 16), torch.zeros(3, dtype=torch.int64), "slot_mapping must be"),
+    ],
+)
+def test_wrong_store_raises(k, slots, message):
+    with pytest.raises(ValueError, match=message):
+        store_kv(k, torch.zeros(2, 2, 16), GOOD["k_cache"], GOOD["v_cache"], slots)
+
+
+def test_operators_pass_opcheck(device):
+    k_cache, v_cache, table, lens = paged([20, 5], 1, 16, dtype=torch.float32, device=device)
+    k_cache, v_cache = k_cache.nan_to_num(), v_cache.nan_to_num()  # opcheck compares with ==
+    q, cu_seqlens = queries([3, 5], 2, 16, dtype=torch.float32, device=device)
+    for bounds in (cu_seqlens, None):
+        rows = q if bounds is not None else q[:2]
+        torch.library.opcheck(
+            torch.ops.nanogrpo.paged_attention, (rows, k_cache, v_cache, table, lens, bounds, 0.25)
+        )
+    slots = torch.tensor([1, -1], device=device)
+    torch.library.opcheck(torch.ops.nanogrpo.store_kv, (q[:2, :1], q[2:4, :1], k_cache, v_cache, slots))
+
+
+@pytest.mark.skipif(INTERPRET, reason="torch.compile does not trace the interpreter")
+def test_compiles_to_one_graph(device):
+    k_cache, v_cache, table, lens = paged([20, 5], 1, 16, dtype=torch.float32, device=device)
+    q, _ = queries([1, 1], 2, 16, dtype=torch.float32, device=device)
+    slots = torch.tensor([table[0, 1].item() * 16 + 3, table[1, 0].item() * 16 + 4]).to(device)
+
+    def step(q, k_cache, v_cache):
+        store_kv(q[:, :1], q[:, 1:], k_cache, v_cache, slots)
+        return paged_attention(q, k_cache, v_cache, table, lens)
+
+    expected = step(q, k_cache.clone(), v_cache.clone())
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k_cache, v_cache), expected, rtol=0, atol=0)
+
+
+@every_card
+@pytest.mark.skipif(INTERPRET, reason="compiles, so needs the compiler")
+@pytest.mark.parametrize("dim", [64, 96, 256])
+def test_kernels_compile_for_every_card(cc, dim):
+    """One head dimension for each row of CONFIGS that 16-bit queries take."""
+    assert_all_compile(cc, dim, torch.bfloat16)
+
+
+@pytest.mark.skipif(INTERPRET, reason="compiles, so needs the compiler")
+@pytest.mark.parametrize("dim", [128, 256])
+def test_float32_kernels_fit_the_smallest_card(dim):
+    assert_all_compile(86, dim, torch.float32)
+
+
+def assert_all_compile(cc, dim, dtype):
+    cache = paged([20, 5], 2, dim, dtype=dtype)
+    q, cu_seqlens = queries([3, 5], 6, dim, dtype=dtype)
+
+    def launch():
+        module._paged_attention_triton(q[:2], *cache, None, 0.1)
+        module._paged_attention_triton(q, *cache, cu_seqlens, 0.1)
+        module._store_kv_triton(q[:2, :2], q[:2, 2:4], *cache[:2], torch.tensor([1, 2]))
+
+    assert_compiles(launch, cc, ["_decode_kernel", "_merge_kernel", "_prefill_kernel", "_store_kv_kernel"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, kv_heads, dim", [(9, 3, 64), (12, 2, 128), (32, 8, 128), (8, 4, 256)])
+def test_gpu_shapes(dtype, heads, kv_heads, dim):
+    contexts = [2048, 1, 0, 700, 1025, *range(3, 600, 41)]
+    cache = paged(contexts, kv_heads, dim, dtype=dtype, device="cuda")
+    assert_correct(queries([1] * len(contexts), heads, dim, dtype=dtype, device="cuda")[0], *cache)
+    counts = [min(context, 333) for context in contexts]
+    q, cu_seqlens = queries(counts, heads, dim, dtype=dtype, device="cuda")
+    assert_correct(q, *cache, cu_seqlens_q=cu_seqlens)
+
+
+@pytest.mark.gpu
+def test_gpu_workspace_is_as_stated():
+    contexts = [2048] * 64
+    k_cache, v_cache, table, lens = paged(contexts, 2, 128, dtype=torch.bfloat16, spare=0, device="cuda")
+    q, _ = queries([1] * 64, 12, 128, dtype=torch.bfloat16, device="cuda")
+    paged_attention(q, k_cache, v_cache, table, lens)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = paged_attention(q, k_cache, v_cache, table, lens)
+    stated = 4 * 64 * 12 * (2048 // module.SPLIT) * (128 + 2)
+    assert torch.cuda.max_memory_allocated() - before <= stated + out.nbytes + 4096
+
+
+@pytest.mark.gpu
+def test_gpu_offsets_beyond_32_bits():
+    blocks = 2**31 // (16 * 8 * 128) + 2
+    cache = torch.zeros(blocks, 16, 8, 128, dtype=torch.bfloat16, device="cuda")
+    rows, last = torch.randn(16, 8, 128, device="cuda").bfloat16(), blocks - 1
+    store_kv(rows, rows, cache, cache, torch.arange(last * 16, blocks * 16, device="cuda"))
+    assert torch.equal(cache[last], rows)
+    table = torch.tensor([[last]], dtype=torch.int32, device="cuda")
+    q, cu_seqlens = queries([16], 8, 128, dtype=torch.bfloat16, device="cuda")
+    lens = torch.tensor([16], dtype=torch.int32, device="cuda")
+    small, first = cache[last:].clone(), torch.zeros_like(table)
+    for some, options in ((q, {"cu_seqlens_q": cu_seqlens}), (q[:1], {})):
+        expected = paged_attention(some, small, small, first, lens, **options)
+        assert torch.equal(paged_attention(some, cache, cache, table, lens, **options), expected)
