@@ -28,13 +28,15 @@ def _parser():
     )
     for field in dataclasses.fields(GRPOConfig):
         _add_flag(train, field)
-    train.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder, with its settings")
+    train.add_argument(
+        "--resume", metavar="FOLDER", help="continue the run in this folder, with its settings"
+    )
     train.set_defaults(run=_train)
 
     sample = commands.add_parser("sample", help="answer one prompt")
     sample.add_argument("prompt", help="what the user says")
     _add_policy_flags(sample)
-    sample.add_argument("--max-tokens", type=int, default=128)
+    sample.add_argument("--max-tokens", type=int, default=88)
     sample.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     sample.add_argument("--seed", type=int, default=0)
     sample.set_defaults(run=_sample)
@@ -43,21 +45,25 @@ def _parser():
     _add_policy_flags(evaluation)
     evaluation.add_argument("--task", default="larger")
     evaluation.add_argument("--held-out", type=int, default=200)
-    evaluation.add_argument("--max-tokens", type=int, default=12)
+    evaluation.add_argument("--max-tokens", type=int, default=8)
     evaluation.set_defaults(run=_evaluate)
     return parser
 
 
 def _add_flag(parser, field):
-    """A flag for a field of ``GRPOConfig``, typed by its annotation; unset flags stay None to be told apart."""
+    """A flag for a field of ``GRPOConfig``, typed by its annotation."""
     kind = field.type
     if isinstance(kind, types.UnionType):
         kind = next(arg for arg in typing.get_args(kind) if arg is not types.NoneType)
     name = "--" + field.name.replace("_", "-")
     if kind is bool:
-        parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default, help=field.metadata["help"])
+        parser.add_argument(
+            name, action=argparse.BooleanOptionalAction, default=field.default, help=field.metadata["help"]
+        )
     else:
-        parser.add_argument(name, type=kind, default=field.default, metavar=kind.__name__.upper(), help=field.metadata["help"])
+        parser.add_argument(
+            name, type=kind, default=field.default, metavar=kind.__name__.upper(), help=field.metadata["help"]
+        )
 
 
 def _add_policy_flags(parser):
@@ -83,7 +89,9 @@ def _train(arguments):
     if arguments.resume:
         changed = [f.name for f in dataclasses.fields(GRPOConfig) if settings[f.name] != f.default]
         if changed:
-            raise ValueError(f"--resume takes all settings from the run; drop --{changed[0].replace('_', '-')}")
+            raise ValueError(
+                f"--resume takes all settings from the run; drop --{changed[0].replace('_', '-')}"
+            )
         run = Run.resume(arguments.resume)
     else:
         run = Run.create(GRPOConfig(**settings))

@@ -53,7 +53,7 @@ def load_checkpoint(path, policy, optimizer):
     try:
         step = json.loads((path / "state.json").read_text())["step"]
         tensors = load_file(path / "state.safetensors")
-    except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ValueError(f"checkpoint {path} is damaged: {error}") from error
     adapters = {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("adapter.")}
     policy.load_adapter_tensors(adapters, source=str(path))
@@ -61,5 +61,7 @@ def load_checkpoint(path, policy, optimizer):
         moments = {moment: tensors.get(f"{moment}.{name}") for moment in MOMENTS}
         if all(tensor is not None for tensor in moments.values()):
             state = {moment: tensor.to(parameter.device) for moment, tensor in moments.items()}
-            optimizer.state[parameter] = {"step": tensors["optimizer_step"].clone(), **state}
+            # The fused optimiser counts its steps on the parameter's device, in a tensor of each parameter's own.
+            state["step"] = tensors["optimizer_step"].clone().to(parameter.device)
+            optimizer.state[parameter] = state
     return step

@@ -19,17 +19,19 @@ def setting(default, help):
 class GRPOConfig:
     """A GRPO run. Every field is a flag of ``nanogrpo train``."""
 
-    model: str | None = setting(None, "hub name, folder or .gguf file; default: the packaged SmolLM2-135M-Instruct")
+    model: str | None = setting(
+        None, "hub name, folder or .gguf file; default: the packaged SmolLM2-135M-Instruct"
+    )
     task: str = setting("larger", f"what to learn: {', '.join(TASKS)}")
     rewards: str = setting("format:0.2,correct:0.8", f"name:weight, ...; names: {', '.join(REWARDS)}")
-    steps: int = setting(60, "optimiser steps")
+    steps: int | None = setting(None, "optimiser steps; default: what the task takes")
     group_size: int = setting(8, "completions a prompt (G)")
     prompts_per_step: int = setting(8, "prompts a step")
-    max_completion_length: int = setting(12, "tokens a completion at most")
-    temperature: float = setting(1.0, "sampling temperature")
-    algorithm: str = setting("dapo", f"loss preset: {', '.join(PRESETS)}")
+    max_completion_length: int = setting(8, "tokens a completion at most")
+    temperature: float = setting(1.2, "sampling temperature")
+    algorithm: str = setting("grpo", f"loss preset: {', '.join(PRESETS)}")
     estimator: str = setting("grpo", f"advantage estimator: {', '.join(ESTIMATORS)}")
-    kl_coef: float = setting(0.0, "weight of the KL penalty against the base model")
+    kl_coef: float = setting(0.1, "weight of the KL penalty against the base model")
     num_iterations: int = setting(1, "optimiser steps on each batch of rollouts")
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: float = setting(32.0, "adapters are scaled by alpha / r")
@@ -42,13 +44,17 @@ class GRPOConfig:
     held_out: int = setting(200, "held-out questions that measure the result")
     seed: int = setting(0, "of data, adapters and sampling")
     device: str | None = setting(None, "cpu or cuda; default: cuda where there is one")
-    dtype: str | None = setting(None, "float32, bfloat16 or float16; default: bfloat16 on cuda, float32 on the CPU")
+    dtype: str | None = setting(
+        None, "float32, bfloat16 or float16; default: bfloat16 on cuda, float32 on the CPU"
+    )
     quantize: str | None = setting(None, "4-bit format of the frozen linears: nf4 or int4; default: dense")
     vram_limit: float | None = setting(None, "GiB of GPU memory that the process may take; default: no limit")
     out: str | None = setting(None, "run folder; default: runs/TASK-seedSEED")
 
     def __post_init__(self):
-        find_task(self.task)
+        task = find_task(self.task)
+        if self.steps is None:
+            object.__setattr__(self, "steps", task.steps)
         parse_rewards(self.rewards)
         preset(self.algorithm)
         at_least = {
@@ -79,15 +85,15 @@ class GRPOConfig:
             raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}")
         if self.quantize not in (None, "nf4", "int4"):
             raise ValueError(f"quantize must be nf4 or int4, got {self.quantize!r}")
+        if self.device is not None and self.device.split(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
         if self.vram_limit is not None and not self.vram_limit > 0:
             raise ValueError(f"vram_limit must be a positive number of GiB, got {self.vram_limit}")
 
     def loss_config(self):
-        return preset(
-            self.algorithm, kl_coef=self.kl_coef, max_completion_length=self.max_completion_length
-        )
+        return preset(self.algorithm, kl_coef=self.kl_coef, max_completion_length=self.max_completion_length)
 
     def learning_rate(self, step):
         """Learning rate of ``step`` (from 1): linear warm-up, then linear decay to min_lr_ratio * lr."""

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 def format_reward(completion, example):
     """1 if the whole reply has the form of the expected one, whatever its number; it must also have ended."""
-    pattern = re.escape(example.reply).replace(str(example.answer), r"\d+")
-    return float(completion.finish_reason == "stop" and re.fullmatch(pattern, completion.text.strip()) is not None)
+    pattern = re.escape(example.reply).replace(str(example.answer), "[0-9]+")
+    return float(
+        completion.finish_reason == "stop" and re.fullmatch(pattern, completion.text.strip()) is not None
+    )
 
 
 def correct_reward(completion, example):
@@ -37,7 +39,9 @@ class WeightedReward:
         try:
             value = float(self.function(completion, example))
         except Exception as error:
-            raise RewardError(f"reward function {name} raised {error!r} on completion {completion.text!r}") from error
+            raise RewardError(
+                f"reward function {name} raised {error!r} on completion {completion.text!r}"
+            ) from error
         if not math.isfinite(value):
             raise RewardError(f"reward function {name} returned {value} on completion {completion.text!r}")
         return self.weight * value
@@ -50,11 +54,16 @@ def parse_rewards(text):
         name, _, weight = item.strip().partition(":")
         if name not in REWARDS:
             nearest = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown reward {name!r}; nearest is {nearest!r}, expected some of {', '.join(REWARDS)}")
+            raise ValueError(
+                f"unknown reward {name!r}; nearest is {nearest!r}, expected some of {', '.join(REWARDS)}"
+            )
         try:
-            parsed.append(WeightedReward(REWARDS[name], float(weight or 1)))
+            value = float(weight or 1)
         except ValueError:
-            raise ValueError(f"reward {name!r} has weight {weight!r}, expected a number") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"reward {name!r} has weight {weight!r}, expected a finite number")
+        parsed.append(WeightedReward(REWARDS[name], value))
     return parsed
 
 

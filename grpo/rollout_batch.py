@@ -83,7 +83,9 @@ class RolloutBatch:
     def padded(self, values):
         """Lay per-token ``values`` (N,) of the completions out as (S, L) rows, 0 elsewhere; differentiable."""
         mask = self.padded_mask().to(values.device)
-        return values.new_zeros(mask.shape).masked_scatter(mask, values[self.completion_mask.to(values.device)])
+        return values.new_zeros(mask.shape).masked_scatter(
+            mask, values[self.completion_mask.to(values.device)]
+        )
 
     def save(self, path):
         """Write to a safetensors file, to be replayed."""

@@ -84,12 +84,13 @@ class Run:
             while trainer.step_count < config.steps and not self.stop_requested:
                 start = time.perf_counter()
                 metrics = trainer.step()
+                metrics["seconds"] = time.perf_counter() - start
+                # Metrics first: a kill before the checkpoint leaves a line that resuming drops, never a gap.
+                with open(self.folder / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(metrics) + "\n")
                 save_checkpoint(
                     self.folder / "checkpoints", trainer.step_count, trainer.policy, trainer.optimizer
                 )
-                metrics["seconds"] = time.perf_counter() - start
-                with open(self.folder / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(metrics) + "\n")
                 self.say(table_row(metrics))
         finally:
             for number, handler in handlers.items():

@@ -26,7 +26,8 @@ class Example:
 class Task:
     """A family of questions over integer operands.
 
-    question and reply are templates: ``{0}``, ``{1}``, ... are the operands, ``{answer}`` what ``solve`` returns.
+    question and reply are templates: ``{0}``, ``{1}``, ... are the operands, ``{answer}`` what ``solve`` returns;
+    steps: the length of a run unless told otherwise, enough for SmolLM2-135M-Instruct.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Task:
     high: int
     count: int
     worked: tuple[tuple[int, ...], ...]
+    steps: int
     reply: str = "{answer}"
     distinct: bool = True
 
@@ -84,7 +86,8 @@ TASKS = {
             low=1,
             high=99,
             count=2,
-            worked=((23, 7),),
+            worked=((5, 2),),
+            steps=52,
         ),
         Task(
             name="smallest",
@@ -95,6 +98,7 @@ TASKS = {
             high=99,
             count=3,
             worked=((64, 18, 35),),
+            steps=70,
         ),
         Task(
             name="add",
@@ -105,6 +109,7 @@ TASKS = {
             high=49,
             count=2,
             worked=((21, 34), (17, 25), (40, 12)),
+            steps=52,
             reply="Answer: {answer}",
             distinct=False,
         ),

@@ -78,7 +78,11 @@ class GRPOTrainer:
         )
         groups = self.sampler.generate(prompts, params, group_size=config.group_size)
         rewards = torch.tensor(
-            [total_reward(self.rewards, c, e) for e, group in zip(examples, groups, strict=True) for c in group]
+            [
+                total_reward(self.rewards, c, e)
+                for e, group in zip(examples, groups, strict=True)
+                for c in group
+            ]
         )
         group_ids = torch.arange(len(prompts)).repeat_interleave(config.group_size)
         advantages = group_advantages(rewards, group_ids, config.estimator)
@@ -86,8 +90,8 @@ class GRPOTrainer:
         return batch, [completion for group in groups for completion in group]
 
     def _worth_training(self, batch):
-        """Without a KL term a row of zero advantage has no gradient; leaving it out changes nothing else."""
-        if self.config.kl_coef > 0:
+        """Without a KL term a row of zero advantage has no gradient; a batch's denominator still counts it."""
+        if self.config.kl_coef > 0 or self.loss_config.denominator_scope == "micro-batch":
             return batch
         return batch.select(batch.advantages.nonzero().squeeze(1).tolist())
 
@@ -104,17 +108,23 @@ class GRPOTrainer:
         )
         for rows in runs:
             micro = batch.select(rows)
+            if self.loss_config.denominator_scope == "micro-batch":
+                denominator = len(runs) * loss_denominator(micro.padded_mask(), self.loss_config)
             out, difference = self._micro_loss(micro, denominator, on_policy=first is None)
             out.loss.backward()
             totals["loss"] += out.loss.item()
             if self.config.kl_coef > 0:
                 totals["kl"] += out.kl.detach().sum().item() / max(1, int(batch.completion_mask.sum()))
-            totals["sampler_logprob_diff_max"] = max(totals["sampler_logprob_diff_max"], difference.max().item())
+            totals["sampler_logprob_diff_max"] = max(
+                totals["sampler_logprob_diff_max"], difference.max().item()
+            )
             difference_sum += difference.sum().item()
         totals["sampler_logprob_diff_mean"] = difference_sum / max(1, int(batch.completion_mask.sum()))
         totals["grad_norm"] = 0.0
         if runs:
-            totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
+            totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(
+                self.parameters, self.config.max_grad_norm
+            ).item()
         totals["lr"] = self.config.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = totals["lr"]
@@ -203,5 +213,3 @@ class _Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[f"seconds_{phase}"] = time.perf_counter() - start
-
-

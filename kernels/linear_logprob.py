@@ -151,7 +151,7 @@ def _logits_tile(
     return x * inv_temperature
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # one binary for any N: a row's bits must not depend on it
 def _stats_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, partial_ptr, x_target_ptr,
     N, V, D, stride_wv, stride_wd, tiles_per_split, inv_temperature, softcap,
@@ -197,7 +197,7 @@ def _stats_kernel(
     tl.store(x_target_ptr + rows, x_target, mask=(rows < N) & owned)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # one binary for any N: a row's bits must not depend on it
 def _merge_kernel(partial_ptr, stats_ptr, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
     """Merge the splits of BLOCK_N rows in one fixed tree: partial (3, S, N) to the first rows of stats (4, N)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -270,9 +270,17 @@ def _stats_triton(
             N, V, D, weight.stride(0), weight.stride(1), tiles_per_split, 1 / temperature, softcap or 0.0,
             HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, ENTROPY=entropy,
             EVEN_D=D % config["BLOCK_D"] == 0, **config,
+            enable_fp_fusion=False,  # asking for the entropy must not change how the log-prob is rounded
         )  # fmt: skip
         _merge_kernel[(triton.cdiv(N, 32),)](
-            partial, stats, N, splits, BLOCK_N=32, BLOCK_S=triton.next_power_of_2(splits), num_warps=4
+            partial,
+            stats,
+            N,
+            splits,
+            BLOCK_N=32,
+            BLOCK_S=triton.next_power_of_2(splits),
+            num_warps=4,
+            enable_fp_fusion=False,
         )
     return stats
 

@@ -7,12 +7,12 @@ W is dense or 4-bit, and has no gradient. With dy the gradient of y:
     h = x A^T                       g = dy B
     dx = dy W + scaling * g A       dA = scaling * g^T x        dB = scaling * dy^T h        dbias = sum_m dy
 
-The base products are library calls (``matmul_4bit`` for a 4-bit W). The adapter adds a read of x and one pass over
-y forward; backward reads dy twice and x twice and makes one pass over dx. FLOPs: 2 M r (N + K) forward, and
-6 M r (N + K) less 2 M r N backward (h is made again). Backward keeps x and the parameters alone: never a dense
-copy of a 4-bit W, nothing of shape (M, N). Memory beside outputs, in float32 values: P M r for h or g, with P = 1
-from ``ONE_PART`` tiles of rows on and ceil(K or N / SPLIT_K) below; ceil(M / SPLIT_M) r max(N, K) for dA and dB;
-for a 4-bit W, in backward, its N K values while dy W is formed.
+The base products are library calls (``matmul_4bit`` for a 4-bit W). The adapter adds, forward, a read of x and one
+pass over y; backward, two reads each of dy and x and one pass over dx. FLOPs of the adapter: 2 M r (N + K) forward,
+2 M r (2 N + 3 K) backward, where h is made again: only x and the parameters are kept for it, nothing of (M, N) and
+no dense copy of a 4-bit W. Memory beside the outputs, in float32 values: P M r for each of h and g, with P = 1 from
+``ONE_PART`` tiles of rows on and ceil(K / SPLIT_K) or ceil(N / SPLIT_K) below; (ceil(M / SPLIT_M) + 1) r max(N, K)
+for dA and dB; and, while dy W is formed from a 4-bit W, its N K values in x's dtype.
 
 Precision: A and B are rounded to x's dtype, sums are float32, h and g are rounded to x's dtype once, where they
 enter the next product; scaling * h B^T is added in float32 to the rounded base. dA and dB come in the dtype of A

@@ -294,6 +294,15 @@ def _store_kv_torch(k, v, k_cache, v_cache, slot_mapping):
     v_cache.index_put_((block, offset), v)
 
 
+def _sdpa(q, k, v, visible, causal, scale):
+    """torch's attention; float32 in float64, where the order of sums no longer shows in the rounded result."""
+    wide = torch.float64 if q.dtype == torch.float32 else q.dtype
+    attended = F.scaled_dot_product_attention(
+        q.to(wide), k.to(wide), v.to(wide), visible, is_causal=causal, scale=scale, enable_gqa=True
+    )
+    return attended.to(q.dtype)
+
+
 @torch.no_grad()
 def _paged_attention_torch(q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale):
     if cu_seqlens_q is None:
@@ -312,10 +321,9 @@ def _paged_attention_torch(q, k_cache, v_cache, block_table, context_lens, cu_se
             # torch's causal mask starts at the first key, so a chunk behind a prefix brings its own.
             behind = 1 < rows < seen
             visible = torch.ones(rows, seen, dtype=torch.bool).tril_(seen - rows) if behind else None
-            attended = F.scaled_dot_product_attention(
-                q[start:stop].transpose(0, 1)[None], k[None, :, :seen], v[None, :, :seen], visible,
-                is_causal=rows == seen, scale=scale, enable_gqa=True,
-            )  # fmt: skip
+            queries = q[start:stop].transpose(0, 1)[None]
+            keys, values = k[None, :, :seen], v[None, :, :seen]
+            attended = _sdpa(queries, keys, values, visible, rows == seen, scale)
             out[start:stop] = attended[0].transpose(0, 1)
     return out
 
@@ -343,9 +351,8 @@ def _decode_torch(q, k_cache, v_cache, block_table, context_lens, scale):
             for x in (k, v):
                 x[:, shortest:].masked_fill_(~visible[:, shortest:longest, None, None], 0)
             visible = visible[:, None, None, :longest]
-        attended = F.scaled_dot_product_attention(
-            q[rows].unflatten(1, (kv_heads, -1)), k.transpose(1, 2), v.transpose(1, 2), visible, scale=scale
-        )
+        queries, keys, values = q[rows].unflatten(1, (kv_heads, -1)), k.transpose(1, 2), v.transpose(1, 2)
+        attended = _sdpa(queries, keys, values, visible, False, scale)
         out[rows] = attended.flatten(1, 2)
         end = begin
     return out
@@ -364,33 +371,39 @@ _paged_attention = _runtime.register(
 )
 
 
+# The checks below make their messages on failure only: a decode step comes here twice a layer.
 def _check_caches(x, k_cache, v_cache):
     """``x`` (T, heads, D) and the two caches must agree in head dimension, dtype and device."""
-    shape, page = tuple(k_cache.shape), k_cache.shape[1] if k_cache.ndim == 4 else 0
-    _runtime.check(
-        page >= 16 and page & (page - 1) == 0 and v_cache.shape == k_cache.shape,
-        "expected caches of one shape (num_blocks, block_size, KVH, D), block_size a power of two >= 16, "
-        f"got {shape} and {tuple(v_cache.shape)}",
-    )
-    strides = k_cache.stride(3), v_cache.stride(3)
-    _runtime.check(strides == (1, 1), f"expected caches contiguous in D, got strides {strides}")
-    _runtime.check(
-        x.ndim == 3 and x.shape[2] == shape[3] and 1 <= shape[3] <= 256,
-        f"expected (T, heads, D) with D = {shape[3]} of the caches, at most 256, got {tuple(x.shape)}",
-    )
-    dtypes, devices = [[getattr(t, name) for t in (x, k_cache, v_cache)] for name in ("dtype", "device")]
-    _runtime.check(
-        dtypes.count(x.dtype) == 3 and x.dtype in (CPU_DTYPES if x.device.type == "cpu" else DTYPES),
-        f"expected one floating dtype, got {x.dtype} and caches of {dtypes[1]} and {dtypes[2]}",
-    )
-    _runtime.check(devices.count(x.device) == 3, f"expected one device, got {devices}")
+    page = k_cache.shape[1] if k_cache.ndim == 4 else 0
+    if page < 16 or page & (page - 1) or v_cache.shape != k_cache.shape:
+        raise ValueError(
+            "expected caches of one shape (num_blocks, block_size, KVH, D), block_size a power of two >= 16, "
+            f"got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
+        )
+    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        raise ValueError(
+            f"expected caches contiguous in D, got strides {k_cache.stride()} and {v_cache.stride()}"
+        )
+    dim, dtype, device = k_cache.shape[3], x.dtype, x.device
+    if x.ndim != 3 or x.shape[2] != dim or not 1 <= dim <= 256:
+        raise ValueError(
+            f"expected (T, heads, D), D = {dim} of the caches, at most 256, got {tuple(x.shape)}"
+        )
+    allowed = CPU_DTYPES if device.type == "cpu" else DTYPES
+    if dtype not in allowed or k_cache.dtype != dtype or v_cache.dtype != dtype:
+        raise ValueError(
+            f"expected one floating dtype, got {dtype} and caches of {k_cache.dtype}, {v_cache.dtype}"
+        )
+    if k_cache.device != device or v_cache.device != device:
+        raise ValueError(
+            f"expected one device, got {device} and caches on {k_cache.device}, {v_cache.device}"
+        )
 
 
 def _check_index(name, index, shape, dtype, device):
-    _runtime.check(
-        tuple(index.shape) == shape and index.dtype == dtype and index.device == device,
-        f"{name} must be {shape} {dtype} on {device}, got {tuple(index.shape)} {index.dtype}, {index.device}",
-    )
+    if index.shape != shape or index.dtype != dtype or index.device != device:
+        got = f"{tuple(index.shape)} {index.dtype} on {index.device}"
+        raise ValueError(f"{name} must be {shape} {dtype} on {device}, got {got}")
 
 
 def store_kv(k, v, k_cache, v_cache, slot_mapping):
@@ -405,10 +418,9 @@ def store_kv(k, v, k_cache, v_cache, slot_mapping):
         ValueError: a shape, dtype, device or block size is not as above.
     """
     _check_caches(k, k_cache, v_cache)
-    _runtime.check(
-        k.shape == v.shape and k.dtype == v.dtype and k.device == v.device and k.shape[1] == k_cache.shape[2],
-        f"k and v must be (T, {k_cache.shape[2]}, {k_cache.shape[3]}), alike, got {k.shape} and {v.shape}",
-    )
+    if k.shape != v.shape or k.dtype != v.dtype or k.device != v.device or k.shape[1] != k_cache.shape[2]:
+        shape = f"(T, {k_cache.shape[2]}, {k_cache.shape[3]})"
+        raise ValueError(f"k and v must be {shape}, alike, got {tuple(k.shape)} and {tuple(v.shape)}")
     _check_index("slot_mapping", slot_mapping, (len(k),), torch.int64, k.device)
     _store_kv(k, v, k_cache, v_cache, slot_mapping)
 
@@ -433,16 +445,15 @@ def paged_attention(q, k_cache, v_cache, block_table, context_lens, *, cu_seqlen
     """
     _check_caches(q, k_cache, v_cache)
     (tokens, heads, dim), kv_heads, sequences = q.shape, k_cache.shape[2], len(block_table)
-    _runtime.check(
-        kv_heads > 0 and heads % kv_heads == 0, f"key heads must divide query heads, got {kv_heads}, {heads}"
-    )
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"key heads must divide query heads, got {kv_heads}, {heads}")
     _check_index("block_table", block_table, (sequences, block_table.shape[-1]), torch.int32, q.device)
     _check_index("context_lens", context_lens, (sequences,), torch.int32, q.device)
     if cu_seqlens_q is not None:
         _check_index("cu_seqlens_q", cu_seqlens_q, (sequences + 1,), torch.int32, q.device)
-    _runtime.check(
-        cu_seqlens_q is not None or tokens == sequences,
-        f"without cu_seqlens_q expected one query a sequence, got {tokens} for {sequences} sequences",
-    )
+    elif tokens != sequences:
+        raise ValueError(
+            f"without cu_seqlens_q expected one query a sequence, got {tokens} for {sequences} sequences"
+        )
     scale = dim**-0.5 if scale is None else scale
     return _paged_attention(q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale)

@@ -40,18 +40,20 @@ class PagedAttention:
     All tokens of a call are stored before any is read, so sequences of one call may share new blocks.
     """
 
-    def __init__(self, cache, slot_mapping, block_table, context_lens, cu_seqlens_q=None):
-        """cache: a ``KVCache``; slot_mapping (T,) int64; block_table (S, blocks) and context_lens (S,) int32;
-        cu_seqlens_q (S+1,) int32 for prefill, None when every sequence brings one token (decode)."""
+    def __init__(self, cache, slot_mapping, source, block_table, context_lens, cu_seqlens_q=None):
+        """cache: a ``KVCache``; slot_mapping (L,) int64: where keys and values go, and source (L,) int64: the token
+        that they come from; block_table (S, blocks) and context_lens (S,) int32; cu_seqlens_q (S+1,) int32 for
+        prefill, None when every sequence brings one token (decode)."""
         self.cache = cache
         self.slot_mapping = slot_mapping
+        self.source = source
         self.block_table = block_table
         self.context_lens = context_lens
         self.cu_seqlens_q = cu_seqlens_q
 
     def __call__(self, layer, q, k, v):
         k_cache, v_cache = self.cache.layer(layer)
-        store_kv(k, v, k_cache, v_cache, self.slot_mapping)
+        store_kv(k[self.source], v[self.source], k_cache, v_cache, self.slot_mapping)
         return paged_attention(
             q, k_cache, v_cache, self.block_table, self.context_lens, cu_seqlens_q=self.cu_seqlens_q
         )

@@ -73,11 +73,13 @@ class Policy:
         return self.model.embedding.dtype
 
     def add_adapters(self, lora, *, seed=0):
-        """Attach fresh adapters, which leave the policy's output as it is until they are trained."""
+        """Attach fresh adapters in place of any others; untrained, they leave the base's output as it is."""
         generator = torch.Generator().manual_seed(seed)
         for name, linear in self.model.linears():
             if name.rsplit(".", 1)[-1] in lora.targets:
                 linear.add_adapter(lora.r, lora.alpha, generator)
+            else:
+                linear.lora_a = linear.lora_b = None
         self.lora = lora
 
     def adapters(self):
@@ -197,6 +199,9 @@ class Policy:
             if not (folder / file).is_file():
                 raise ValueError(f"{folder} is no adapter folder: it has no {file}")
         description = json.loads((folder / "adapter_config.json").read_text())
+        for setting in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
+            if description.get(setting):
+                raise ValueError(f"{folder} sets {setting}, expected a plain LoRA adapter")
         lora = LoraConfig(
             r=description["r"], alpha=description["lora_alpha"], targets=tuple(description["target_modules"])
         )

@@ -10,6 +10,7 @@ from .model import MIN_ROWS
 from .sampling import SamplingParams, counter_uniform, sample
 from .scheduler import Scheduler
 
+
 @dataclass(frozen=True)
 class Completion:
     """What a prompt was answered with.
@@ -70,12 +71,12 @@ class Sampler:
         while scheduler.has_work():
             admitted = scheduler.admit()
             if admitted:
-                sequences, logits = self._prefill(cache, scheduler, admitted)
+                sequences, logits, rows = self._prefill(cache, scheduler, admitted)
             else:
                 scheduler.grow()
                 sequences = scheduler.running
-                logits = self._decode(cache, sequences)
-            self._extend(sequences, logits, params)
+                logits, rows = self._decode(cache, sequences)
+            self._extend(sequences, logits, rows, params)
             for sequence in [s for s in sequences if s.finish_reason]:
                 scheduler.finish(sequence)
                 results[sequence.prompt_index][sequence.group_index] = self._complete(sequence, params)
@@ -124,7 +125,7 @@ class Sampler:
         return int(min(num_blocks, longest * rows))
 
     def _prefill(self, cache, scheduler, admitted):
-        """Compute the uncached tokens of ``admitted``, fork their groups, and return (sequences, their logits)."""
+        """Compute the uncached tokens of ``admitted`` and fork their groups: (sequences, logits, row of each)."""
         ids, positions, slots, cu_seqlens = [], [], [], [0]
         for sequence in admitted:
             new = range(sequence.num_cached, len(sequence))
@@ -132,70 +133,77 @@ class Sampler:
             positions += new
             slots += [self._slot(sequence, position) for position in new]
             cu_seqlens.append(len(ids))
-        logits = self._forward(cache, admitted, ids, positions, slots, cu_seqlens)
-        rows, sequences = [], []
+        source = list(range(len(ids)))
+        logits = self._forward(cache, admitted, ids, positions, slots, source, cu_seqlens)
+        sequences, rows = [], []
         for row, leader in enumerate(admitted):
             leader.num_cached = len(leader)
             members, copies = scheduler.fork(leader)
             cache.copy_blocks(copies)
-            rows += [row] * len(members)
             sequences += members
+            rows += [row] * len(members)
         scheduler.start(sequences)
-        return sequences, logits[torch.tensor(rows, device=logits.device)]
+        return sequences, logits, rows
 
     def _decode(self, cache, sequences):
-        ids = [sequence.token_ids[-1] for sequence in sequences]
-        positions = [len(sequence) - 1 for sequence in sequences]
-        slots = [self._slot(s, position) for s, position in zip(sequences, positions, strict=True)]
-        logits = self._forward(cache, sequences, ids, positions, slots, None)
+        """Compute the last token of ``sequences``: (logits, row of each); equal sequences are computed once."""
+        distinct, rows = {}, []
         for sequence in sequences:
+            rows.append(distinct.setdefault(tuple(sequence.token_ids), len(distinct)))
             sequence.num_cached = len(sequence)
-        return logits
+        leaders = [sequences[rows.index(row)] for row in range(len(distinct))]
+        ids = [leader.token_ids[-1] for leader in leaders]
+        positions = [len(leader) - 1 for leader in leaders]
+        slots = [self._slot(sequence, len(sequence) - 1) for sequence in sequences]
+        return self._forward(cache, leaders, ids, positions, slots, rows, None), rows
 
     def _slot(self, sequence, position):
         return (
             sequence.block_table[position // self.block_size] * self.block_size + position % self.block_size
         )
 
-    def _forward(self, cache, sequences, ids, positions, slots, cu_seqlens):
-        """Float32 logits (S, V) after the last token of each sequence."""
+    def _forward(self, cache, sequences, ids, positions, slots, source, cu_seqlens):
+        """Float32 logits (S, V) after the last token of each sequence; ``source`` is the token of each slot."""
         device = self.policy.device
         tables = [sequence.block_table for sequence in sequences]
         context_lens = [len(sequence) for sequence in sequences]
-        if len(ids) < MIN_ROWS:  # padding: tokens that store nothing, of a sequence that sees nothing
+        if len(ids) < MIN_ROWS:  # padding: tokens that store nothing, of sequences that see nothing
             padding = MIN_ROWS - len(ids)
             ids, positions = ids + [0] * padding, positions + [0] * padding
-            slots = slots + [-1] * padding
             if cu_seqlens is None:
                 tables, context_lens = tables + [[]] * padding, context_lens + [0] * padding
             else:
-                tables, context_lens = [*tables, []], [*context_lens, 0]
-                cu_seqlens = [*cu_seqlens, len(ids)]
+                tables, context_lens, cu_seqlens = [*tables, []], [*context_lens, 0], [*cu_seqlens, len(ids)]
         width = max(map(len, tables))
         tables = [table + [0] * (width - len(table)) for table in tables]
         int32 = lambda values: torch.tensor(values, dtype=torch.int32, device=device)
         int64 = lambda values: torch.tensor(values, dtype=torch.int64, device=device)
         borders = None if cu_seqlens is None else int32(cu_seqlens)
-        attend = PagedAttention(cache, int64(slots), int32(tables), int32(context_lens), borders)
+        attend = PagedAttention(
+            cache, int64(slots), int64(source), int32(tables), int32(context_lens), borders
+        )
         hidden_states = self.policy.model(int64(ids), int64(positions), attend)
         last = slice(None) if borders is None else borders[1:].long() - 1
         return self.policy.model.logits(hidden_states[last])[: len(sequences)]
 
-    def _extend(self, sequences, logits, params):
-        """Draw the next token of every sequence and decide which of them it ends."""
+    def _extend(self, sequences, logits, rows, params):
+        """Draw the next token of every sequence from its row of logits and decide which of them it ends."""
         stop_ids = self._stop_ids(params)
         generated = [len(s) - s.prompt_length for s in sequences]
+        of_row = dict(zip(rows, sequences, strict=True))  # sequences of one row have the same tokens
+        leaders = [of_row[row] for row in range(len(logits))]
         banned = None
         if params.min_tokens and stop_ids:
-            early = torch.tensor([count < params.min_tokens for count in generated], device=logits.device)
+            early = [len(s) - s.prompt_length < params.min_tokens for s in leaders]
             ends = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
             ends[list(stop_ids)] = True
-            banned = early[:, None] & ends[None, :]
+            banned = torch.tensor(early, device=logits.device)[:, None] & ends[None, :]
         uniforms = counter_uniform(
             params.seed, [s.prompt_index for s in sequences], [s.group_index for s in sequences], generated
         )
-        histories = [s.token_ids for s in sequences] if params.repetition_penalty != 1 else None
-        drawn = sample(logits, torch.from_numpy(uniforms), params, histories=histories, banned=banned)
+        histories = [s.token_ids for s in leaders] if params.repetition_penalty != 1 else None
+        rows = torch.tensor(rows, device=logits.device)
+        drawn = sample(logits, rows, torch.from_numpy(uniforms), params, histories=histories, banned=banned)
         for sequence, token, logprob, kept in zip(sequences, *(x.tolist() for x in drawn), strict=True):
             sequence.token_ids.append(token)
             sequence.logprobs.append(logprob)

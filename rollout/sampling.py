@@ -71,7 +71,8 @@ def counter_uniform(seed, prompt_index, group_index, position):
         for key in (prompt_index, group_index, position):
             counter = np.asarray(key, dtype=np.uint64) + np.uint64(1)
             state = _mix(state + np.uint64(0x9E3779B97F4A7C15) * counter)
-        return ((_mix(state) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        # 52 bits: with 53 the half would be rounded, and the largest draw to 1.
+        return ((_mix(state) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def adjust_logits(logits, params, histories):
@@ -107,15 +108,16 @@ def filter_logits(logits, params):
     return logits
 
 
-def sample(logits, uniforms, params, *, histories=None, banned=None):
-    """Draw a token a row by inverting the cumulative distribution.
+def sample(logits, rows, uniforms, params, *, histories=None, banned=None):
+    """Draw B tokens from R distributions by inverting the cumulative distribution.
 
     Args:
-        logits: (B, V) float32, as the model gives them.
+        logits: (R, V) float32, as the model gives them.
+        rows: (B,) int64, the row of logits that each draw is from.
         uniforms: (B,) float64 in (0, 1), from ``counter_uniform``.
         params: ``SamplingParams``.
-        histories: the tokens so far of each row, for the repetition penalty.
-        banned: (B, V) bool, tokens that must not be drawn, or None.
+        histories: the tokens so far of each of the R rows, for the repetition penalty.
+        banned: (R, V) bool, tokens that must not be drawn, or None.
 
     Returns:
         tokens (B,) int64; logprobs (B,) float32 of the unadjusted logits at the sampling temperature (1 if
@@ -123,18 +125,21 @@ def sample(logits, uniforms, params, *, histories=None, banned=None):
     """
     scaled = logits / params.temperature if params.temperature > 0 else logits
     centred = scaled - scaled.amax(-1, keepdim=True)
-    log_total = centred.exp().sum(-1, keepdim=True).log()
+    weights = centred.exp()
+    log_total = weights.sum(-1, keepdim=True).log()
+    kept = torch.ones_like(log_total[:, 0])
     choice = adjust_logits(logits, params, histories)
     if banned is not None:
         choice = choice.masked_fill(banned, -torch.inf)
     if params.temperature == 0:
-        tokens = choice.argmax(-1)
-        kept = torch.ones_like(log_total[:, 0])
+        tokens = choice.argmax(-1)[rows]
     else:
-        weights = filter_logits(choice / params.temperature, params).softmax(-1, dtype=torch.float64)
-        cumulative = weights.cumsum(-1)
+        if params.filters or choice is not logits:
+            choice = filter_logits(choice / params.temperature, params)
+            if params.filters:
+                kept = (weights * choice.isfinite()).sum(-1) / weights.sum(-1)
+            weights = (choice - choice.amax(-1, keepdim=True)).exp()
+        cumulative = weights.cumsum(-1, dtype=torch.float64)[rows]
         threshold = uniforms.to(logits.device)[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
-        full = (centred - log_total).exp()
-        kept = (full * (weights > 0)).sum(-1) if params.filters else torch.ones_like(full[:, 0])
-    return tokens, (centred.gather(1, tokens[:, None]) - log_total)[:, 0], kept
+    return tokens, centred[rows, tokens] - log_total[rows, 0], kept[rows]

@@ -2,8 +2,8 @@
 
 A group waits until its prompt fits, is prefilled once by its leader, and is then forked into its members: full
 prompt blocks are shared, the last partly filled block is copied. Rows that finish leave at once and waiting
-ones enter (continuous batching). When blocks run out the youngest group gives its blocks back and is recomputed later;
-its tokens are kept, and since noise is keyed by position the result does not change.
+ones enter (continuous batching). When blocks run out the youngest group gives its blocks back and is recomputed
+later; its tokens are kept, and since noise is keyed by position the result does not change.
 """
 
 from collections import deque

@@ -47,8 +47,9 @@ def recorded_launches(cc):
     previous = driver._active if hasattr(driver, "_active") else None
     driver.set_active(_Driver(cc))
     try:
-        with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(
-            _runtime, "arch", lambda device: cc
+        with (
+            mock.patch.object(JITFunction, "run", compile_only),
+            mock.patch.object(_runtime, "arch", lambda device: cc),
         ):
             yield launches
     finally:

@@ -1,0 +1,136 @@
+"""Checkpoints of a run: whole, named when damaged, and resumed bit for bit."""
+
+import json
+
+import pytest
+import torch
+from nanogrpo.grpo.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from nanogrpo.rollout import LoraConfig
+from tiny_run import adapters, tiny_trainer
+
+
+def save(trainer, folder, **options):
+    save_checkpoint(folder, trainer.step_count, trainer.policy, trainer.optimizer, **options)
+
+
+def load(trainer, path):
+    trainer.step_count = load_checkpoint(path, trainer.policy, trainer.optimizer)
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture
+def saved(tmp_path):
+    trainer = tiny_trainer()
+    trainer.step()
+    save(trainer, tmp_path)
+    return trainer, list_checkpoints(tmp_path)[-1]
+
+
+def test_round_trip(saved):
+    trainer, path = saved
+    fresh = tiny_trainer()
+    load(fresh, path)
+    assert fresh.step_count == 1
+    assert_same(adapters(trainer), adapters(fresh))
+    for ours, theirs in zip(trainer.parameters, fresh.parameters, strict=True):
+        a, b = trainer.optimizer.state[ours], fresh.optimizer.state[theirs]
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def test_loaded_step_counters_are_separate(saved):
+    """One tensor shared by all parameters would be counted up once a parameter."""
+    fresh = tiny_trainer()
+    load(fresh, saved[1])
+    fresh.step()
+    assert {int(fresh.optimizer.state[p]["step"]) for p in fresh.parameters} == {2}
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_resuming_is_bit_exact(tmp_path, kl_coef):
+    straight = tiny_trainer(kl_coef=kl_coef)
+    metrics = [straight.step() for _ in range(4)]
+    stopped = tiny_trainer(kl_coef=kl_coef)
+    for _ in range(2):
+        stopped.step()
+    save(stopped, tmp_path)
+    resumed = tiny_trainer(kl_coef=kl_coef)
+    load(resumed, list_checkpoints(tmp_path)[-1])
+    again = [resumed.step() for _ in range(2)]
+    assert_same(adapters(straight), adapters(resumed))
+    for a, b in zip(metrics[2:], again, strict=True):
+        assert {k: v for k, v in a.items() if "seconds" not in k} == {
+            k: v for k, v in b.items() if "seconds" not in k
+        }
+    pairs = zip(adapters(straight).values(), adapters(stopped).values(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+def test_before_the_first_update(tmp_path):
+    trainer = tiny_trainer()
+    save(trainer, tmp_path)
+    fresh = tiny_trainer()
+    load(fresh, list_checkpoints(tmp_path)[-1])
+    assert fresh.step_count == 0 and not fresh.optimizer.state
+
+
+def test_the_last_two_are_kept_in_order(tmp_path):
+    trainer = tiny_trainer()
+    for step in (8, 9, 10, 11):
+        trainer.step_count = step
+        save(trainer, tmp_path)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000010", "step-000011"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000010", "step-000011"]
+
+
+def test_an_unfinished_checkpoint_is_none(saved, tmp_path):
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / "state.safetensors").write_bytes(b"half")
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000001"]
+    save(saved[0], tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+    load(tiny_trainer(), tmp_path / "step-000001")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_truncated_tensors_are_named(saved, keep):
+    file = saved[1] / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="checkpoint .*step-000001 is damaged"):
+        load(tiny_trainer(), saved[1])
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"{}", b"[]", b"\xff\xfe"])
+def test_damaged_state_is_named(saved, text):
+    (saved[1] / "state.json").write_bytes(text)
+    with pytest.raises(ValueError, match="checkpoint .*step-000001 is damaged"):
+        load(tiny_trainer(), saved[1])
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+def test_a_missing_file_is_named(saved, name):
+    (saved[1] / name).unlink()
+    with pytest.raises(ValueError, match=f"step-000001 is damaged.*{name}"):
+        load(tiny_trainer(), saved[1])
+
+
+def test_another_rank_is_refused(saved):
+    other = tiny_trainer()
+    other.policy.add_adapters(LoraConfig(r=3, alpha=4))
+    with pytest.raises(ValueError, match=r"step-000001: .* has shape \(2, 32\), expected \(3, 32\)"):
+        load(other, saved[1])
+
+
+def test_no_pickle(saved):
+    """A safetensors file is a length, JSON and raw numbers; the other file is JSON."""
+    assert sorted(p.name for p in saved[1].iterdir()) == ["state.json", "state.safetensors"]
+    data = (saved[1] / "state.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert max(t["data_offsets"][1] for t in header.values() if "data_offsets" in t) == len(data) - 8 - length
+    assert json.loads((saved[1] / "state.json").read_text()) == {"step": 1}

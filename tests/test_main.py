@@ -1,0 +1,128 @@
+"""The command line: its flags, its output, and errors of one line."""
+
+import dataclasses
+import struct
+
+import pytest
+from nanogrpo.grpo import GRPOConfig
+from nanogrpo.grpo.__main__ import main
+from nanogrpo.rollout import Policy
+from tiny_run import install, settings, tiny_policy
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    install(monkeypatch.setattr, monkeypatch.setitem)
+    monkeypatch.setattr(Policy, "load", staticmethod(lambda *args, **options: tiny_policy()))
+
+
+def flags(**overrides):
+    pairs = settings(rewards="odd", **overrides).items()
+    return [part for name, value in pairs for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+def refused(capsys, *arguments):
+    """The one line on stderr of a command that ends with code 2."""
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("nanogrpo: ") and captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+def test_help_mentions_every_setting(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(GRPOConfig):
+        flag = "--" + field.name.replace("_", "-")
+        assert f"{flag} " in text or f"{flag}," in text, flag
+        assert " ".join(field.metadata["help"].split()) in text, flag
+    assert "--resume" in text and "--no-share-prefix" in text
+
+
+def test_flags_are_typed(monkeypatch):
+    seen = []
+
+    class Recorder:
+        @staticmethod
+        def create(config):
+            seen.append(config)
+            return Recorder
+
+        @staticmethod
+        def train():
+            pass
+
+    monkeypatch.setattr("nanogrpo.grpo.run.Run", Recorder)
+    command = "train --lr 1e-3 --steps 7 --no-share-prefix --vram-limit 2 --quantize nf4 --out here"
+    assert main(command.split()) == 0
+    assert seen == [
+        GRPOConfig(lr=1e-3, steps=7, share_prefix=False, vram_limit=2.0, quantize="nf4", out="here")
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--task", "largr"], "unknown task 'largr'; nearest is 'larger'"),
+        (["--algorithm", "gropo"], "nearest is 'grpo'"),
+        (["--rewards", "corect"], "unknown reward 'corect'; nearest is 'correct'"),
+        (["--group-size", "1"], "group_size must be at least 2, got 1"),
+        (["--lr", "0"], "lr must be greater than 0"),
+        (["--device", "gpu"], "device must be cpu or cuda, got 'gpu'"),
+        (["--vram-limit", "1", "--device", "cpu"], "vram_limit needs a CUDA device"),
+        (["--model", "./no-such-model"], "'./no-such-model' does not exist"),
+        (["--model", "no-such.gguf"], "'no-such.gguf' does not exist"),
+    ],
+)
+def test_train_errors(capsys, tmp_path, arguments, message):
+    assert message in refused(capsys, "train", "--out", str(tmp_path / "run"), *arguments)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 12, 24, 40])
+def test_a_truncated_gguf_file_is_named(capsys, tmp_path, keep):
+    key = b"general.architecture"
+    header = b"GGUF" + struct.pack("<IQQ", 3, 5, 9) + struct.pack("<Q", len(key)) + key
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(header[:keep])
+    assert "cut.gguf" in refused(capsys, "train", "--model", str(path), "--out", str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--quantise", "--nonsense"])
+def test_flags_that_do_not_parse(capsys, flag):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", flag, "x"])
+    assert caught.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_train_and_resume(tiny, capsys, tmp_path):
+    out = str(tmp_path / "run")
+    assert main(["train", *flags(out=out)]) == 0
+    printed = capsys.readouterr()
+    assert "held-out accuracy after:" in printed.out and printed.err == ""
+    assert "holds another run" in refused(capsys, "train", *flags(out=out))
+    message = refused(capsys, "train", "--resume", out, "--lr", "0.5")
+    assert "--resume takes all settings from the run; drop --lr" in message
+    assert main(["train", "--resume", out]) == 0
+
+
+def test_resume_of_nothing(capsys, tmp_path):
+    assert "holds no run to resume" in refused(capsys, "train", "--resume", str(tmp_path))
+
+
+def test_sample_and_eval_with_an_adapter(tiny, capsys, tmp_path):
+    tiny_policy().save_adapter(tmp_path / "adapter")
+    adapter = ["--adapter", str(tmp_path / "adapter")]
+    assert main(["sample", "hello", "--max-tokens", "4", *adapter]) == 0
+    assert capsys.readouterr().out.endswith("\n")
+    assert main(["eval", "--task", "add", "--held-out", "3", "--max-tokens", "2", *adapter]) == 0
+    assert capsys.readouterr().out.startswith("add: held-out accuracy 0.0% (0/3, 95% interval ")
+
+
+def test_sample_and_eval_errors(tiny, capsys, tmp_path):
+    assert "is no adapter folder" in refused(capsys, "sample", "hello", "--adapter", str(tmp_path))
+    assert "nearest is 'add'" in refused(capsys, "eval", "--task", "addd")
+    assert "max_tokens must be at least 1" in refused(capsys, "sample", "hello", "--max-tokens", "0")
+    assert "cannot hold out 0" in refused(capsys, "eval", "--held-out", "0")

@@ -1,0 +1,120 @@
+"""RolloutBatch: packing, selection, padding, and its file."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from nanogrpo.grpo import RolloutBatch
+from nanogrpo.rollout import Completion
+
+
+def make(seed, groups=3, size=2, longest=5):
+    """A batch of random tokens, with the prompts and groups it was made from."""
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(50) for _ in range(rng.randint(1, 4))] for _ in range(groups)]
+    answers = []
+    for _ in prompts:
+        lengths = [rng.randint(1, longest) for _ in range(size)]
+        answers.append(
+            [
+                Completion(
+                    [rng.randrange(50) for _ in range(n)], [-rng.random() for _ in range(n)], "stop", ""
+                )
+                for n in lengths
+            ]
+        )
+    rewards = torch.tensor([rng.random() for _ in range(groups * size)])
+    return RolloutBatch.from_groups(prompts, answers, rewards, rewards - 0.5), prompts, answers
+
+
+def assert_same(a, b):
+    assert vars(a).keys() == vars(b).keys()
+    for name, value in vars(a).items():
+        other = getattr(b, name)
+        assert value.dtype == other.dtype and torch.equal(value, other), name
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 4))
+def test_from_groups(seed, groups, size):
+    batch, prompts, answers = make(seed, groups, size)
+    flat = [(p, c) for p, cs in zip(prompts, answers, strict=True) for c in cs]
+    assert len(batch) == groups * size
+    assert batch.sequences() == [p + c.token_ids for p, c in flat]
+    assert batch.completion_lengths().tolist() == [len(c.token_ids) for _, c in flat]
+    assert batch.group_ids.tolist() == [g for g in range(groups) for _ in range(size)]
+    assert batch.input_ids[batch.completion_mask].tolist() == [t for _, c in flat for t in c.token_ids]
+    expected = torch.tensor([x for _, c in flat for x in c.logprobs])
+    assert torch.equal(batch.sampler_logprobs[batch.completion_mask], expected)
+    assert not batch.sampler_logprobs[~batch.completion_mask].any()
+
+
+@given(st.integers(0, 10**6))
+def test_padded(seed):
+    batch, _, answers = make(seed)
+    flat = [c for cs in answers for c in cs]
+    mask, padded = batch.padded_mask(), batch.padded(batch.sampler_logprobs)
+    assert mask.shape == padded.shape == (len(batch), max(len(c.token_ids) for c in flat))
+    for row, selected, completion in zip(padded, mask, flat, strict=True):
+        n = len(completion.token_ids)
+        assert selected.tolist() == [True] * n + [False] * (mask.shape[1] - n)
+        assert torch.equal(row[:n], torch.tensor(completion.logprobs))
+        assert not row[n:].any()
+
+
+def test_padded_is_differentiable():
+    batch, _, _ = make(3)
+    values = torch.randn(batch.input_ids.shape, requires_grad=True)
+    weights = torch.randn(batch.padded_mask().shape)
+    (batch.padded(values) * weights).sum().backward()
+    assert torch.equal(values.grad[batch.completion_mask], weights[batch.padded_mask()])
+    assert not values.grad[~batch.completion_mask].any()
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 5), max_size=8))
+def test_select(seed, rows):
+    batch, _, _ = make(seed)
+    chosen = batch.select(rows)
+    assert len(chosen) == len(rows)
+    assert chosen.sequences() == [batch.sequences()[i] for i in rows]
+    assert chosen.completion_lengths().tolist() == [batch.completion_lengths()[i].item() for i in rows]
+    for name in ("rewards", "advantages", "group_ids"):
+        assert torch.equal(getattr(chosen, name), getattr(batch, name)[rows])
+    for place, i in enumerate(rows):
+        assert_same(chosen.select([place]), batch.select([i]))
+
+
+def test_select_nothing():
+    empty = make(0)[0].select([])
+    assert len(empty) == 0
+    assert empty.padded_mask().shape == (0, 0)
+    assert empty.padded(empty.sampler_logprobs).shape == (0, 0)
+
+
+def test_select_everything_is_the_batch():
+    batch, _, _ = make(4)
+    assert_same(batch.select(list(range(len(batch)))), batch)
+
+
+def test_file_round_trip(tmp_path):
+    batch, _, _ = make(5)
+    batch.save(tmp_path / "batch.safetensors")
+    assert_same(RolloutBatch.load(tmp_path / "batch.safetensors"), batch)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, -1])
+def test_truncated_file_is_named(tmp_path, keep):
+    path = tmp_path / "batch.safetensors"
+    make(6)[0].save(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="batch.safetensors is no readable safetensors file"):
+        RolloutBatch.load(path)
+
+
+def test_file_of_something_else_is_named(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other.safetensors holds \['weight'\], expected \['advantages'"):
+        RolloutBatch.load(tmp_path / "other.safetensors")

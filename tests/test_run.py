@@ -1,0 +1,230 @@
+"""A run in its folder: its files, and stopping, killing and resuming it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from nanogrpo.grpo import GRPOConfig
+from nanogrpo.grpo.checkpoint import list_checkpoints
+from nanogrpo.grpo.report import COLUMNS, table_header
+from nanogrpo.grpo.run import Run
+from safetensors.torch import load_file
+from tiny_run import FIELDS, adapters, install, settings
+
+# Ends its own process with SIGKILL in the middle of step 3, while it scores completions.
+KILLED = """
+import os, signal, sys
+import pytest
+import tiny_run
+from nanogrpo.grpo import GRPOConfig
+from nanogrpo.grpo.run import Run
+
+calls = 0
+
+def odd(completion, example):
+    global calls
+    calls += 1
+    if calls == 2 * 8 + 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(completion, example)
+
+original, tiny_run.odd = tiny_run.odd, odd
+patch = pytest.MonkeyPatch()
+tiny_run.install(patch.setattr, patch.setitem)
+Run.create(GRPOConfig(**tiny_run.settings(rewards="odd", out=sys.argv[1]))).train()
+"""
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    install(monkeypatch.setattr, monkeypatch.setitem)
+
+
+class Screen:
+    """Collects what a run says; presses Ctrl-C after the row of ``stop_at``."""
+
+    def __init__(self, stop_at=None):
+        self.lines, self.stop_at = [], stop_at
+
+    def __call__(self, line):
+        self.lines.append(line)
+        if self.stop_at and line.strip().startswith(f"{self.stop_at} |"):
+            self.stop_at = None
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def create(out, screen=None, **overrides):
+    return Run.create(GRPOConfig(**settings(rewards="odd", out=str(out), **overrides)), screen or Screen())
+
+
+def timeless(metrics):
+    return [{k: v for k, v in m.items() if "seconds" not in k} for m in metrics]
+
+
+def assert_same_adapters(a, b):
+    a, b = adapters(a.trainer), adapters(b.trainer)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    screen = Screen()
+    run = create(tmp_path / "run", screen)
+    return run, screen.lines, run.train()
+
+
+def test_files(finished):
+    run, _, result = finished
+    names = {p.name for p in run.folder.iterdir()}
+    assert names == {
+        "config.json", "metrics.jsonl", "checkpoints", "before.json", "result.json", "adapter", "curves.png"
+    }  # fmt: skip
+    metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    assert all(set(m) == FIELDS | {"seconds"} for m in metrics)
+    assert (run.folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [p.name for p in list_checkpoints(run.folder / "checkpoints")] == ["step-000003", "step-000004"]
+    assert GRPOConfig.load(run.folder / "config.json") == run.config
+    assert json.loads((run.folder / "result.json").read_text()) == result
+    assert result["before"] == json.loads((run.folder / "before.json").read_text())
+    assert result["before"]["count"] == result["after"]["count"] == 3
+    assert result["peak_memory_bytes"] > 10**6 and result["tokens_per_second"] > 0
+
+
+def test_adapter_is_the_trained_one(finished):
+    run, _, _ = finished
+    written = load_file(run.folder / "adapter" / "adapter_model.safetensors")
+    live = adapters(run.trainer)
+    assert written.keys() == live.keys()
+    assert all(torch.equal(written[name], live[name]) for name in live)
+    description = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
+    assert (description["peft_type"], description["r"], description["lora_alpha"]) == ("LORA", 2, 4)
+
+
+def test_table(finished):
+    _, lines, _ = finished
+    start = lines.index(table_header())
+    assert tuple(c.strip() for c in lines[start].split("|")) == COLUMNS
+    rows = lines[start + 1 : start + 5]
+    assert [row.split("|")[0].strip() for row in rows] == ["1", "2", "3", "4"]
+    assert len({len(row) for row in [lines[start], *rows]}) == 1
+    assert any(line.startswith("held-out accuracy before:") for line in lines[:start])
+    assert any(line.startswith("held-out accuracy after:") for line in lines[start:])
+
+
+def test_a_folder_with_another_run_is_refused(finished):
+    run, _, _ = finished
+    before = {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="holds another run; continue it with --resume .*, or .* --out"):
+        create(run.folder)
+    assert {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        create(tmp_path)
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        create(tmp_path / "notes.txt")
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    assert create(tmp_path).folder == tmp_path
+
+
+def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path):
+    straight, _, result = finished
+    folder = tmp_path / "killed"
+    tests = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder)],
+        env={**os.environ, "PYTHONPATH": tests},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (folder / "result.json").exists()
+    run = Run.resume(folder, Screen())
+    assert run.trainer.step_count == 2
+    again = run.train()
+    assert_same_adapters(straight, run)
+    assert timeless(run.history()) == timeless(straight.history())
+    assert (again["before"], again["after"]) == (result["before"], result["after"])
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(finished, tmp_path):
+    straight, _, _ = finished
+    screen, handler = Screen(stop_at=2), signal.getsignal(signal.SIGINT)
+    run = create(tmp_path / "stopped", screen)
+    assert run.train() is None
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert run.trainer.step_count == 2
+    assert screen.lines[-1].endswith(f"nanogrpo train --resume {run.folder}")
+    assert (run.folder / "adapter" / "adapter_model.safetensors").exists()
+    assert (run.folder / "curves.png").exists() and not (run.folder / "result.json").exists()
+    resumed = Run.resume(run.folder, Screen())
+    assert resumed.train() is not None
+    assert_same_adapters(straight, resumed)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    run = create(tmp_path / "run")
+    run.stop_requested = True
+    with pytest.raises(KeyboardInterrupt):
+        run._request_stop(signal.SIGINT, None)
+
+
+def test_a_line_cut_short_is_dropped(finished):
+    run, _, _ = finished
+    path = run.folder / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 5, "lo')
+    assert [m["step"] for m in run.history()] == [1, 2, 3, 4]
+    Run.resume(run.folder, Screen())
+    assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("cut", [None, 20])
+def test_killed_between_metrics_and_checkpoint(finished, tmp_path, cut):
+    """The line of a step without its checkpoint, whole or cut, is written anew and leaves neither gap nor double."""
+    straight, _, _ = finished
+    run = create(tmp_path / "stopped", Screen(stop_at=2))
+    run.train()
+    line = json.dumps({"step": 3, "loss": -1.0, "reward": 0.0}) + "\n"
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write(line[:cut])
+    resumed = Run.resume(run.folder, Screen())
+    resumed.train()
+    assert timeless(resumed.history()) == timeless(straight.history())
+
+
+def test_metrics_are_written_before_the_checkpoint(tmp_path, monkeypatch):
+    def killed(*args, **options):
+        raise SystemExit
+
+    monkeypatch.setattr("nanogrpo.grpo.run.save_checkpoint", killed)
+    run = create(tmp_path / "run")
+    with pytest.raises(SystemExit):
+        run.train()
+    assert [m["step"] for m in run.history()] == [1]
+    assert Run.resume(run.folder, Screen()).history() == []
+
+
+def test_a_damaged_checkpoint_is_named(finished):
+    run, _, _ = finished
+    state = list_checkpoints(run.folder / "checkpoints")[-1] / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="checkpoint .*step-000004 is damaged"):
+        Run.resume(run.folder, Screen())
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(ValueError, match="holds no run to resume: it has no config.json"):
+        Run.resume(tmp_path, Screen())

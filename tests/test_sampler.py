@@ -1,0 +1,237 @@
+"""Rollouts of a tiny model: log-probs equal those of scoring, and nothing but the key of the noise matters."""
+
+import pytest
+import torch
+from checkpoints import small_config
+from nanogrpo.rollout import LoraConfig, Policy, Sampler, SamplingParams, resolve_checkpoint
+from nanogrpo.rollout.kv_cache import KVCache
+from nanogrpo.rollout.scheduler import Scheduler
+from tiny import LLAMA3_ROPE, tiny_policy
+
+EOS = (5, 9)
+PARAMS = SamplingParams(max_tokens=24, seed=11)
+SHARED = list(range(20, 40))
+PROMPTS = [[*SHARED, 1], [2], [*SHARED, 1, 3, 4], list(range(60, 92)), [*SHARED, 1], list(range(60, 77))]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny_policy(lora=LoraConfig(r=4), eos_token_ids=EOS)
+
+
+@pytest.fixture(scope="module")
+def baseline(policy):
+    return Sampler(policy).generate(PROMPTS, PARAMS, group_size=4)
+
+
+def block_bytes(policy, block_size=16):
+    return KVCache.bytes_per_block(policy.config, block_size, torch.float32)
+
+
+def tokens(results):
+    return [[completion.token_ids for completion in group] for group in results]
+
+
+def logprobs(results):
+    return torch.tensor([p for group in results for completion in group for p in completion.logprobs])
+
+
+def score(policy, prompts, results, **options):
+    """Log-probs of all completions by one call of ``Policy.score``."""
+    flat, mask, borders = [], [], [0]
+    for prompt, group in zip(prompts, results, strict=True):
+        for completion in group:
+            flat += prompt + completion.token_ids
+            mask += [False] * len(prompt) + [True] * len(completion.token_ids)
+            borders.append(len(flat))
+    mask = torch.tensor(mask)
+    with torch.no_grad():
+        return policy.score(torch.tensor(flat), mask, cu_seqlens=torch.tensor(borders), **options)[mask]
+
+
+@pytest.mark.parametrize("architecture, overrides", [
+    ("llama", {}), ("llama", {"rope_scaling": LLAMA3_ROPE}), ("qwen2", {"tie_word_embeddings": True}),
+])  # fmt: skip
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_logprobs_equal_scoring(architecture, overrides, temperature):
+    policy = tiny_policy(small_config(architecture, **overrides), lora=LoraConfig(r=4), eos_token_ids=EOS)
+    params = SamplingParams(max_tokens=24, temperature=temperature, seed=3)
+    results = Sampler(policy).generate(PROMPTS, params, group_size=4)
+    expected = score(policy, PROMPTS, results, temperature=temperature)
+    torch.testing.assert_close(logprobs(results), expected, atol=1e-5, rtol=1e-5)
+    assert len({tuple(c.token_ids) for group in results for c in group}) > 20, "members repeat each other"
+
+
+def test_completions_depend_on_neither_batch_nor_block_size(policy, baseline):
+    for options in ({"max_batch": 4}, {"max_batch": 5}, {"max_batch": 9}, {"block_size": 32}):
+        results = Sampler(policy, **options).generate(PROMPTS, PARAMS, group_size=4)
+        assert tokens(results) == tokens(baseline)
+        torch.testing.assert_close(logprobs(results), logprobs(baseline), atol=1e-5, rtol=1e-5)
+
+
+def test_preemption_changes_nothing(policy, baseline, monkeypatch):
+    preemptions, preempt = [], Scheduler._preempt
+    monkeypatch.setattr(
+        Scheduler, "_preempt", lambda self, for_group: (preemptions.append(1), preempt(self, for_group))
+    )
+    for blocks in (4, 5, 7, 11):
+        sampler = Sampler(policy, kv_memory=blocks * block_bytes(policy) + 1)
+        results = sampler.generate(PROMPTS, PARAMS, group_size=4)
+        assert tokens(results) == tokens(baseline)
+        torch.testing.assert_close(logprobs(results), logprobs(baseline), atol=1e-5, rtol=1e-5)
+    assert len(preemptions) > 10, "the caches were too large to test preemption"
+
+
+def test_a_prompt_completes_the_same_beside_others(policy, baseline):
+    alone = Sampler(policy).generate(PROMPTS[:1], PARAMS, group_size=4)
+    assert tokens(alone) == tokens(baseline[:1])
+    other = Sampler(policy).generate([PROMPTS[0], [7, 7], [8]], PARAMS, group_size=4)
+    assert tokens(other[:1]) == tokens(alone)
+    assert tokens(Sampler(policy).generate(PROMPTS[:1], PARAMS, group_size=2)) == [tokens(alone)[0][:2]]
+
+
+def test_greedy_in_any_prompt_order(policy):
+    params = SamplingParams(max_tokens=12, temperature=0)
+    forward = Sampler(policy).generate(PROMPTS, params)
+    backward = Sampler(policy, max_batch=2).generate(PROMPTS[::-1], params)
+    assert tokens(forward) == tokens(backward)[::-1]
+    expected = score(policy, PROMPTS, forward)
+    torch.testing.assert_close(logprobs(forward), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_seed_decides(policy, baseline):
+    assert tokens(Sampler(policy).generate(PROMPTS, PARAMS, group_size=4)) == tokens(baseline)
+    other = Sampler(policy).generate(PROMPTS, SamplingParams(max_tokens=24, seed=12), group_size=4)
+    assert tokens(other) != tokens(baseline)
+
+
+def test_end_tokens_and_length(baseline):
+    reasons = set()
+    for completion in (c for group in baseline for c in group):
+        ids = completion.token_ids
+        reasons.add(completion.finish_reason)
+        assert not set(ids[:-1]) & set(EOS) and len(ids) == len(completion.logprobs)
+        assert (completion.finish_reason == "stop") == (ids[-1] in EOS)
+        assert completion.finish_reason == "stop" or len(ids) == 24
+        assert completion.kept_mass is None and completion.text == "".join(
+            chr(97 + i % 26) for i in ids if i not in EOS
+        )
+    assert reasons == {"stop", "length"}
+
+
+def generate(policy, **options):
+    results = Sampler(policy).generate(PROMPTS, SamplingParams(max_tokens=24, **options), group_size=4)
+    return [completion for group in results for completion in group]
+
+
+def test_ignore_eos_and_stop_token_ids(policy):
+    completions = generate(policy, ignore_eos=True)
+    assert all(len(c.token_ids) == 24 and c.finish_reason == "length" for c in completions)
+    assert any(set(c.token_ids) & set(EOS) for c in completions)
+    completions = generate(policy, ignore_eos=True, stop_token_ids=tuple(range(30, 60)))
+    for c in completions:
+        assert not any(30 <= t < 60 for t in c.token_ids[:-1])
+        assert (c.finish_reason == "stop") == (30 <= c.token_ids[-1] < 60)
+    assert any(c.finish_reason == "stop" for c in completions)
+
+
+def test_min_tokens_bans_end_tokens_and_keeps_full_logprobs(policy):
+    completions = generate(policy, min_tokens=10, stop_token_ids=tuple(range(30, 60)))
+    assert all(len(c.token_ids) >= 11 or c.finish_reason == "length" for c in completions)
+    assert any(c.finish_reason == "stop" and len(c.token_ids) == 11 for c in completions)
+    assert all(not 30 <= t < 60 and t not in EOS for c in completions for t in c.token_ids[:10])
+    results = [completions[4 * i : 4 * i + 4] for i in range(len(PROMPTS))]
+    torch.testing.assert_close(logprobs(results), score(policy, PROMPTS, results), atol=1e-5, rtol=1e-5)
+
+
+def test_stop_strings_end_and_are_cut(policy):
+    letters = policy.tokenizer.decode
+    completions = generate(policy, stop=("a", "kl"), ignore_eos=True)
+    stopped = [c for c in completions if c.finish_reason == "stop"]
+    assert stopped
+    for c in completions:
+        assert "a" not in c.text and "kl" not in c.text
+        before = letters(c.token_ids[:-1])
+        assert "a" not in before and "kl" not in before
+        whole = letters(c.token_ids)
+        assert ("a" in whole or "kl" in whole) == (c.finish_reason == "stop")
+        assert whole.startswith(c.text)
+    late = generate(policy, stop=("a",), ignore_eos=True, min_tokens=12)
+    assert all(len(c.token_ids) >= 12 for c in late) and any(c.finish_reason == "stop" for c in late)
+
+
+def test_logit_bias_forces_and_forbids(policy):
+    completions = generate(policy, logit_bias={33: 1e4})
+    assert all(set(c.token_ids) == {33} for c in completions)
+    results = [completions[4 * i : 4 * i + 4] for i in range(len(PROMPTS))]
+    torch.testing.assert_close(logprobs(results), score(policy, PROMPTS, results), atol=1e-5, rtol=1e-5)
+    completions = generate(policy, logit_bias=dict.fromkeys(range(40, 96), -torch.inf))
+    assert all(t < 40 for c in completions for t in c.token_ids)
+
+
+def test_repetition_penalty_counts_the_prompt(policy):
+    params = SamplingParams(max_tokens=8, repetition_penalty=1e6, temperature=0, ignore_eos=True)
+    for prompt, (completion,) in zip(PROMPTS, Sampler(policy).generate(PROMPTS, params), strict=True):
+        seen = prompt + completion.token_ids
+        assert len(set(completion.token_ids)) == 8 and not set(prompt) & set(completion.token_ids), seen
+
+
+def test_kept_mass_is_the_share_inside_the_filters(policy):
+    completions = generate(policy, top_k=3)
+    for c in completions:
+        assert len(c.kept_mass) == len(c.token_ids)
+        assert all(0 < mass < 1 for mass in c.kept_mass)
+        assert all(torch.tensor(c.logprobs).exp() <= torch.tensor(c.kept_mass) + 1e-6)
+    assert all(m == pytest.approx(1, abs=1e-6) for c in generate(policy, top_k=96) for m in c.kept_mass)
+
+
+def test_adapters_are_live(policy, baseline):
+    with policy.disable_adapters():
+        off = Sampler(policy).generate(PROMPTS, PARAMS, group_size=4)
+        torch.testing.assert_close(logprobs(off), score(policy, PROMPTS, off), atol=1e-5, rtol=1e-5)
+    assert tokens(off) != tokens(baseline)
+
+
+def test_no_prompts(policy):
+    assert Sampler(policy).generate([]) == []
+
+
+@pytest.mark.parametrize(
+    "prompts, params, group_size, options, message",
+    [
+        ([[1], []], {}, 1, {}, "prompt 1 is empty"),
+        ([[1, 96]], {}, 1, {}, "prompt 0 holds token 96, outside the vocabulary of 96"),
+        ([[-1]], {}, 1, {}, "holds token -1"),
+        ([[1] * 2000], {"max_tokens": 49}, 1, {}, "2000 tokens; with max_tokens 49 that exceeds"),
+        ([[1]], {}, 0, {}, "group_size must be between 1 and max_batch .64., got 0"),
+        ([[1]], {}, 3, {"max_batch": 2}, "group_size must be between 1 and max_batch .2., got 3"),
+        ([[1] * 40], {"max_tokens": 24}, 1, {"kv_memory": 1000}, "kv_memory of 1000 bytes holds 0 blocks"),
+        ([[1]], {"stop_token_ids": (96,)}, 1, {}, "SamplingParams names token 96"),
+        ([[1]], {"logit_bias": {-1: 1.0}}, 1, {}, "SamplingParams names token -1"),
+    ],
+)
+def test_bad_requests(policy, prompts, params, group_size, options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(policy, **options).generate(prompts, SamplingParams(**params), group_size=group_size)
+
+
+@pytest.mark.parametrize("options", [{"max_batch": 0}, {"block_size": 8}, {"block_size": 48}])
+def test_bad_sampler(policy, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Sampler(policy, **options)
+
+
+def test_smollm2_says_paris_as_transformers_does():
+    import transformers
+
+    policy = Policy.load(lora=None)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = policy.tokenizer.apply_chat_template(messages)
+    ((ours,),) = Sampler(policy).generate([prompt], SamplingParams(max_tokens=12, temperature=0))
+    assert "Paris" in ours.text
+    path = resolve_checkpoint()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+    assert ours.token_ids == ids[0, len(prompt) :].tolist()

@@ -1,0 +1,164 @@
+"""The scheduler without a model: every group completes in tiny caches, and no block leaks."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nanogrpo.rollout.kv_cache import BlockAllocator
+from nanogrpo.rollout.scheduler import Scheduler
+
+BLOCK = 4
+ROOMY = 256  # blocks that hold everything drawn below at once
+
+
+class Memory:
+    """Stands in for keys and values: each slot holds the token prefix it was computed from."""
+
+    def __init__(self, num_blocks):
+        self.slots = [[None] * BLOCK for _ in range(num_blocks)]
+
+    def store(self, sequence, start):
+        for i in range(start, len(sequence)):
+            self.slots[sequence.block_table[i // BLOCK]][i % BLOCK] = tuple(sequence.token_ids[: i + 1])
+
+    def copy(self, pairs):
+        for source, destination in pairs:
+            self.slots[destination] = list(self.slots[source])
+
+    def check(self, sequence):
+        for i in range(len(sequence)):
+            held = self.slots[sequence.block_table[i // BLOCK]][i % BLOCK]
+            assert held == tuple(sequence.token_ids[: i + 1]), f"slot of token {i} holds {held}"
+
+
+def next_token(sequence):
+    """Depends on all tokens and the member, as keyed noise does."""
+    return hash((tuple(sequence.token_ids), sequence.prompt_index, sequence.group_index)) % 3
+
+
+def run(prompts, group_size, lengths, num_blocks, max_batch):
+    """What the sampler does, on a fake memory. Returns {(prompt, member): completion} and the preemptions seen."""
+    allocator = BlockAllocator(num_blocks)
+    scheduler, memory = Scheduler(allocator, BLOCK, max_batch), Memory(num_blocks)
+    for index, prompt in enumerate(prompts):
+        scheduler.add_group(index, prompt, group_size)
+    results, recomputed = {}, 0
+    for _ in range(10_000):
+        if not scheduler.has_work():
+            break
+        admitted = scheduler.admit()
+        if admitted:
+            for sequence in admitted:  # all are stored before any is read
+                recomputed += bool(sequence.completion)
+                assert sequence.num_cached < len(sequence)
+                memory.store(sequence, sequence.num_cached)
+            sequences = []
+            for leader in admitted:
+                memory.check(leader)
+                leader.num_cached = len(leader)
+                members, copies = scheduler.fork(leader)
+                memory.copy(copies)
+                sequences += members
+            scheduler.start(sequences)
+        else:
+            scheduler.grow()
+            sequences = list(scheduler.running)
+            assert sequences, "nothing was admitted and nothing runs"
+            for sequence in sequences:
+                memory.store(sequence, len(sequence) - 1)
+        scheduler.check_invariants()
+        assert len(scheduler.running) <= max_batch
+        for sequence in sequences:
+            memory.check(sequence)
+        for sequence in sequences:
+            sequence.token_ids.append(next_token(sequence))
+            if len(sequence.completion) == lengths[sequence.prompt_index][sequence.group_index]:
+                key = (sequence.prompt_index, sequence.group_index)
+                assert key not in results
+                results[key] = sequence.completion
+                scheduler.finish(sequence)
+        scheduler.check_invariants()
+    assert not scheduler.has_work(), "the scheduler does not come to an end"
+    assert allocator.num_free == num_blocks and not allocator.by_content
+    return results, recomputed
+
+
+@st.composite
+def tasks(draw):
+    group_size = draw(st.integers(1, 5))
+    # Few distinct tokens and lengths around a block's border: prefixes are shared, last blocks full or partial.
+    prompts = draw(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=13), min_size=1, max_size=6))
+    one = st.integers(1, 14)
+    group = st.lists(one, min_size=group_size, max_size=group_size)
+    lengths = draw(st.lists(group, min_size=len(prompts), max_size=len(prompts)))
+    longest = max(len(p) + max(n) for p, n in zip(prompts, lengths, strict=True))
+    num_blocks = -(-longest // BLOCK) + draw(st.integers(0, 6))
+    return prompts, group_size, lengths, num_blocks, group_size + draw(st.integers(0, 8))
+
+
+@given(tasks())
+def test_every_group_completes_in_any_cache(task):
+    prompts, group_size, lengths, num_blocks, max_batch = task
+    results, _ = run(prompts, group_size, lengths, num_blocks, max_batch)
+    assert set(results) == {(i, j) for i in range(len(prompts)) for j in range(group_size)}
+    roomy, recomputed = run(prompts, group_size, lengths, ROOMY, 1000)
+    assert results == roomy and recomputed == 0
+
+
+def test_many_random_tasks_preempt_and_agree():
+    rng, preempted = random.Random(0), 0
+    for _ in range(60):
+        group_size = rng.randint(1, 6)
+        prompts = [[rng.randint(0, 1) for _ in range(rng.randint(1, 12))] for _ in range(rng.randint(1, 6))]
+        lengths = [[rng.randint(1, 16) for _ in range(group_size)] for _ in prompts]
+        longest = max(len(p) + max(n) for p, n in zip(prompts, lengths, strict=True))
+        num_blocks = -(-longest // BLOCK) + rng.randint(0, 5)
+        results, recomputed = run(prompts, group_size, lengths, num_blocks, group_size + rng.randint(0, 6))
+        assert results == run(prompts, group_size, lengths, ROOMY, 1000)[0]
+        preempted += recomputed > 0
+    assert preempted > 15, "the caches were too large to test preemption"
+
+
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK])
+def test_a_group_shares_its_full_prompt_blocks(length):
+    scheduler = Scheduler(BlockAllocator(64), BLOCK, 8)
+    scheduler.add_group(0, list(range(length)), 8)
+    (leader,) = scheduler.admit()
+    leader.num_cached = length
+    members, copies = scheduler.fork(leader)
+    scheduler.start(members)
+    partial = length % BLOCK != 0
+    assert [m.group_index for m in members] == list(range(8))
+    assert len(copies) == (7 if partial else 0)
+    assert 64 - scheduler.allocator.num_free == length // BLOCK + (8 if partial else 0)
+    scheduler.check_invariants()
+
+
+def test_equal_prefixes_of_two_prompts_share_blocks():
+    scheduler = Scheduler(BlockAllocator(64), BLOCK, 8)
+    scheduler.add_group(0, [1] * 9, 1)
+    scheduler.add_group(1, [1] * 8 + [2], 1)
+    first, second = scheduler.admit()
+    assert first.num_cached == 0 and second.num_cached == 8
+    assert first.block_table[:2] == second.block_table[:2] and first.block_table[2] != second.block_table[2]
+
+
+def test_the_last_token_is_computed_even_if_its_block_is_shared():
+    scheduler = Scheduler(BlockAllocator(64), BLOCK, 8)
+    scheduler.add_group(0, [1] * 8, 1)
+    scheduler.add_group(1, [1] * 8, 1)
+    _, second = scheduler.admit()
+    assert second.num_cached == 4
+
+
+def test_a_group_enters_whole_or_waits():
+    scheduler = Scheduler(BlockAllocator(64), BLOCK, 5)
+    scheduler.add_group(0, [1], 3)
+    scheduler.add_group(1, [2], 3)
+    (leader,) = scheduler.admit()
+    members, _ = scheduler.fork(leader)
+    scheduler.start(members)
+    assert scheduler.admit() == []
+    scheduler.finish(members[0])
+    assert [s.prompt_index for s in scheduler.admit()] == [1]
