@@ -22,7 +22,7 @@ lint: $(VENV)/ready-test
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/ready-test
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-only
 
 $(VENV)/ready: requirements.txt setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -52,7 +52,12 @@ class Policy:
         """
         if quantize not in (None, "nf4", "int4"):
             raise ValueError(f'quantize must be "nf4", "int4" or None, got {quantize!r}')
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError as error:
+            raise ValueError(f"device must be cpu or cuda, got {device!r}") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {device} was asked for, and torch sees no CUDA GPU")
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         checkpoint = open_checkpoint(resolve_checkpoint(name_or_path))
         weights = {}
