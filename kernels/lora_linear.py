@@ -10,9 +10,9 @@ W is dense or 4-bit, and has no gradient. With dy the gradient of y:
 The base products are library calls (``matmul_4bit`` for a 4-bit W). The adapter adds, forward, a read of x and one
 pass over y; backward, two reads each of dy and x and one pass over dx. FLOPs of the adapter: 2 M r (N + K) forward,
 2 M r (2 N + 3 K) backward, where h is made again: only x and the parameters are kept for it, nothing of (M, N) and
-no dense copy of a 4-bit W. Memory beside the outputs, in float32 values: P M r for each of h and g, with P = 1 from
-``ONE_PART`` tiles of rows on and ceil(K / SPLIT_K) or ceil(N / SPLIT_K) below; (ceil(M / SPLIT_M) + 1) r max(N, K)
-for dA and dB; and, while dy W is formed from a 4-bit W, its N K values in x's dtype.
+no dense copy of a 4-bit W. Memory beside the outputs, in float32 values: P M r for each of h and g, with P = 1 in
+float32 and from ``ONE_PART`` tiles of rows on, else ceil(K / SPLIT_K) or ceil(N / SPLIT_K); (ceil(M / SPLIT_M) + 1) r
+max(N, K) for dA and dB; and, while dy W is formed from a 4-bit W, its N K values in x's dtype.
 
 Precision: A and B are rounded to x's dtype, sums are float32, h and g are rounded to x's dtype once, where they
 enter the next product; scaling * h B^T is added in float32 to the rounded base. dA and dB come in the dtype of A
@@ -32,6 +32,7 @@ from .matmul_4bit import matmul_op
 from .quantization import DTYPES, QuantizedWeight, dequantize_4bit_ref, dequantize_op
 
 SPLIT_K = 1024  # columns of x (or dy) that one accumulator of h (or g) takes
+SPLIT_K_FLOAT32 = 128  # the same for float32, where a long chain of additions would show; always one part
 SPLIT_M = 1024  # rows that one accumulator of dA or dB takes
 ONE_PART = 128  # tiles of rows from which a program sums all splits of its h, which fills the card either way
 
@@ -133,11 +134,15 @@ def _down(x, w):
     (M, K), r = x.shape, len(w)
     R = max(16, triton.next_power_of_2(r))
     block_m, block_k, warps, stages = CONFIGS[R][0]
-    tiles, splits = triton.cdiv(M, block_m), triton.cdiv(K, SPLIT_K)
-    parts = torch.empty(1 if tiles >= ONE_PART else splits, M, r, dtype=torch.float32, device=x.device)
+    wide = x.dtype == torch.float32
+    split = SPLIT_K_FLOAT32 if wide else SPLIT_K
+    tiles, splits = triton.cdiv(M, block_m), triton.cdiv(K, split)
+    parts = torch.empty(
+        1 if wide or tiles >= ONE_PART else splits, M, r, dtype=torch.float32, device=x.device
+    )
     _down_kernel[(tiles, len(parts))](
         x, w, parts, M, K, r, splits // len(parts), x.stride(0), *w.stride(),
-        R=R, SPLIT=SPLIT_K, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+        R=R, SPLIT=split, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return parts
 
@@ -202,11 +207,10 @@ def _lora_linear_bwd_triton(
     scaling: float, quant_block: int, first_block: int, needs_x: bool, needs_lora: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
     dy = dy.contiguous()
-    dx, da, db = _bwd_fake(
-        dy, x, weight, lora_a, lora_b, scaling, quant_block, first_block, needs_x, needs_lora
-    )
+    options = (dy, x, weight, lora_a, lora_b, scaling, quant_block, first_block)
     if not dy.numel():
-        return [t.zero_() for t in (dx, da, db)]
+        return [t.zero_() for t in _bwd_fake(*options, needs_x, needs_lora)]
+    dx, da, db = _bwd_fake(*options, False, needs_lora)  # the base product allocates dx
     with _runtime.launch_on(x):
         g = _down(dy, lora_b.t())
         if needs_x:
