@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..kernels import QuantizedWeight, dequantize_4bit, fused_linear_logprob, quantize_4bit
@@ -210,20 +211,34 @@ class Policy:
         lora = LoraConfig(
             r=description["r"], alpha=description["lora_alpha"], targets=tuple(description["target_modules"])
         )
+        try:
+            tensors = load_file(folder / "adapter_model.safetensors")
+        except SafetensorError as error:
+            raise ValueError(f"{folder}/adapter_model.safetensors is damaged: {error}") from error
+        self._check_adapter_tensors(tensors, lora, source=str(folder))
         self.add_adapters(lora)
-        self.load_adapter_tensors(load_file(folder / "adapter_model.safetensors"), source=str(folder))
+        self.load_adapter_tensors(tensors, source=str(folder))
 
     def load_adapter_tensors(self, tensors, *, source):
         """Copy ``tensors`` (by PEFT's names) into the live adapters; ``source`` names them in errors."""
-        live = self.adapters()
-        if set(tensors) != set(live):
-            odd = sorted(set(tensors) ^ set(live))[:3]
-            raise ValueError(f"{source}: adapter tensors do not fit this model, first differences: {odd}")
-        for name, parameter in live.items():
-            if tensors[name].shape != parameter.shape:
-                got, expected = tuple(tensors[name].shape), tuple(parameter.shape)
-                raise ValueError(f"{source}: {name} has shape {got}, expected {expected}")
+        self._check_adapter_tensors(tensors, self.lora, source=source)
+        for name, parameter in self.adapters().items():
             parameter.data.copy_(tensors[name])
+
+    def _check_adapter_tensors(self, tensors, lora, *, source):
+        """ValueError unless ``tensors`` are those of adapters of shape ``lora`` on this model."""
+        shapes = {}
+        for name, linear in self.model.linears():
+            if name.rsplit(".", 1)[-1] in lora.targets:
+                n, k = linear.weight.shape
+                shapes[f"base_model.model.{name}.lora_A.weight"] = (lora.r, k)
+                shapes[f"base_model.model.{name}.lora_B.weight"] = (n, lora.r)
+        if set(tensors) != set(shapes):
+            odd = sorted(set(tensors) ^ set(shapes))[:3]
+            raise ValueError(f"{source}: adapter tensors do not fit this model, first differences: {odd}")
+        for name, expected in shapes.items():
+            if (got := tuple(tensors[name].shape)) != expected:
+                raise ValueError(f"{source}: {name} has shape {got}, expected {expected}")
 
 
 def _place(tensor, quantize, device, dtype):
