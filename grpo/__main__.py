@@ -23,9 +23,7 @@ def _parser():
     parser = argparse.ArgumentParser(prog="nanogrpo", description="GRPO fine-tuning in very little VRAM")
     commands = parser.add_subparsers(required=True, metavar="train | sample | eval")
 
-    train = commands.add_parser(
-        "train", help="fine-tune a policy on a task", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    train = commands.add_parser("train", help="fine-tune a policy on a task")
     for field in dataclasses.fields(GRPOConfig):
         _add_flag(train, field)
     train.add_argument(
@@ -51,19 +49,17 @@ def _parser():
 
 
 def _add_flag(parser, field):
-    """A flag for a field of ``GRPOConfig``, typed by its annotation."""
+    """A flag for a field of ``GRPOConfig``, typed by its annotation; left out, it does not appear in the result."""
     kind = field.type
     if isinstance(kind, types.UnionType):
         kind = next(arg for arg in typing.get_args(kind) if arg is not types.NoneType)
-    name = "--" + field.name.replace("_", "-")
+    help = field.metadata["help"]
+    if field.default is not None:
+        help += f" (default: {field.default})"
+    typed = {"type": kind, "metavar": kind.__name__.upper()}
     if kind is bool:
-        parser.add_argument(
-            name, action=argparse.BooleanOptionalAction, default=field.default, help=field.metadata["help"]
-        )
-    else:
-        parser.add_argument(
-            name, type=kind, default=field.default, metavar=kind.__name__.upper(), help=field.metadata["help"]
-        )
+        typed = {"action": argparse.BooleanOptionalAction}
+    parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=help, **typed)
 
 
 def _add_policy_flags(parser):
@@ -85,13 +81,12 @@ def _load(arguments):
 def _train(arguments):
     from .run import Run
 
-    settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(GRPOConfig)}
+    names = [field.name for field in dataclasses.fields(GRPOConfig)]
+    settings = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     if arguments.resume:
-        changed = [f.name for f in dataclasses.fields(GRPOConfig) if settings[f.name] != f.default]
-        if changed:
-            raise ValueError(
-                f"--resume takes all settings from the run; drop --{changed[0].replace('_', '-')}"
-            )
+        if settings:
+            flag = next(iter(settings)).replace("_", "-")
+            raise ValueError(f"--resume takes all settings from the run; drop --{flag}")
         run = Run.resume(arguments.resume)
     else:
         run = Run.create(GRPOConfig(**settings))
