@@ -30,6 +30,7 @@ def test_linear_logprob(benchmark, problem, operation, backward):
     some = slice(0, 64)
     truth = fused_linear_logprob_ref(hidden[some].double(), weight.double(), targets[some]).logprobs
     error = (operation(hidden[some], weight, targets[some]).logprobs - truth).abs().max().item()
+    # Plain torch rounds its logits to bfloat16, 2**-8 of about 10; in float32 both round sums of 576 products.
     assert error <= (5e-2 if hidden.dtype == torch.bfloat16 else 1e-4)
 
     def call():
