@@ -75,7 +75,8 @@ def _quantize_int4(weight, block):
     N, K = weight.shape
     values = weight.float().reshape(N, K // block, block)
     low, high = values.amin(-1), values.amax(-1)
-    step = (high - low) / 15
+    # Divided by a tensor: by a number, CUDA would multiply by its rounded reciprocal.
+    step = (high - low) / low.new_tensor(15.0)
     scale, minimum = step.half(), low.half()
     _runtime.check(
         bool((scale.isfinite() & minimum.isfinite()).all()),
