@@ -21,8 +21,9 @@ lint: $(VENV)/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/ready-test
-	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-only
+bench: $(VENV)/ready-peers
+	PYTHONPATH=$(CURDIR)/$(VENV)/peers $(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/python benchmarks/render.py
 
 $(VENV)/ready: requirements.txt setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,4 +34,8 @@ $(VENV)/ready: requirements.txt setup.py pyproject.toml
 
 $(VENV)/ready-test: $(VENV)/ready requirements-test.txt
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	touch $@
+
+$(VENV)/ready-peers: $(VENV)/ready-test requirements-peers.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/peers -r requirements-peers.txt
 	touch $@

@@ -6,7 +6,7 @@ FOLDERS = ("kernels", "rollout", "grpo")
 CORE = ["torch>=2.11", "triton>=3.6", "numpy", "einops"]
 TRAIN = ["safetensors", "tokenizers", "jinja2", "gguf", "huggingface_hub", "matplotlib"]
 TEST = ["pytest", "hypothesis", "pytest-benchmark", "ruff", "transformers", "peft", "bitsandbytes"]
-PEERS = ["trl", "liger-kernel", "cut-cross-entropy", "bitsandbytes", "gemlite", "peft", "unsloth", "verl"]
+PEERS = ["trl", "liger-kernel", "cut-cross-entropy", "bitsandbytes", "gemlite", "peft", "unsloth_zoo", "verl"]
 
 setup(
     name="nanogrpo",

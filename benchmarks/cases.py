@@ -1,0 +1,66 @@
+"""The shapes that benchmarks run at: real models as data, and from them the cases of each operation.
+
+A case names a problem; its tensors are drawn by the benchmark. A new operation adds one function here.
+"""
+
+from typing import NamedTuple
+
+
+class Model(NamedTuple):
+    """A transformer's sizes, from its config.json. ``heads * head_dim`` need not equal ``hidden``."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    layers: int
+    tied: bool  # the LM head is the embedding
+
+
+MODELS = {
+    "SmolLM2-135M": Model(576, 1536, 9, 3, 64, 49152, 30, True),
+    "Qwen2.5-0.5B": Model(896, 4864, 14, 2, 64, 151936, 24, True),
+    "Qwen2.5-1.5B": Model(1536, 8960, 12, 2, 128, 151936, 28, True),
+    "Qwen2.5-7B": Model(3584, 18944, 28, 4, 128, 152064, 28, False),
+    "Llama-3.2-1B": Model(2048, 8192, 32, 8, 64, 128256, 16, True),
+    "Llama-3.1-8B": Model(4096, 14336, 32, 8, 128, 128256, 32, False),
+    "Phi-4": Model(5120, 17920, 40, 10, 128, 100352, 40, False),
+}
+
+
+class Case(NamedTuple):
+    """One problem: ``shape`` holds its sizes by the names that the operation's docstring uses."""
+
+    name: str
+    dtype: str
+    shape: dict
+
+    def __str__(self):
+        return self.name
+
+
+def linear_logprob(device):
+    """LM heads: N rows, of which ``kept`` are not masked, D hidden size, V vocabulary."""
+
+    def head(model, rows, *, kept=None, label="rows"):
+        sizes = {"N": rows, "D": MODELS[model].hidden, "V": MODELS[model].vocab}
+        if kept is not None:
+            sizes["kept"] = kept
+        return Case(f"{model} head, {rows} {label}", "bfloat16" if device == "cuda" else "float32", sizes)
+
+    if device == "cpu":
+        return [
+            head("SmolLM2-135M", 256),
+            head("SmolLM2-135M", 256, kept=128, label="rows half masked"),
+            head("Qwen2.5-0.5B", 64),
+        ]
+    return [
+        head("Qwen2.5-1.5B", 8192),
+        head("Qwen2.5-1.5B", 2048),
+        head("Llama-3.1-8B", 4096),
+        head("Phi-4", 4096),
+        head("Qwen2.5-1.5B", 8192, kept=4096, label="rows half masked"),
+        head("Qwen2.5-1.5B", 128, label="rows (a decode step)"),
+    ]

@@ -1,0 +1,140 @@
+"""One case, all contenders: check each against float64, count its extra memory, race them, record the outcome.
+
+A peer that is less exact than ours is timed and its error shown; one that is plainly wrong, out of memory or broken
+is not timed, and the record says why.
+"""
+
+import gc
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from measurement import Race, allocated, installed, peak_bytes, poison
+
+RESULTS = Path(__file__).parent / "results"
+SECONDS = 5  # of rounds for each case
+
+
+class Peer(NamedTuple):
+    """A contender: ``load()`` imports its package and returns its operation behind our bench's signature.
+
+    ``distribution`` is the name that pip knows it by; None for what is in this tree.
+    """
+
+    name: str
+    distribution: str | None
+    load: Callable
+    cuda_only: bool = False
+
+
+class Error(NamedTuple):
+    """How far a result is from the truth, and the limit beyond which it is plainly wrong."""
+
+    value: float
+    limit: float
+
+
+def import_alone(name):
+    """Import ``package.module`` of an installed package without running the ``__init__`` of its parents.
+
+    Training frameworks import half an ecosystem at the top; their kernels need torch and triton alone.
+    """
+    parents = name.split(".")[:-1]
+    for depth in range(1, len(parents) + 1):
+        parent = ".".join(parents[:depth])
+        if parent not in sys.modules:
+            sys.modules[parent] = module_from_spec(find_spec(parent))
+    return importlib.import_module(name)
+
+
+def absent(peer, device):
+    """Why this peer cannot run here, or None."""
+    if peer.distribution and installed(peer.distribution) is None:
+        return f"{peer.distribution} is not installed"
+    return "needs CUDA" if peer.cuda_only and device != "cuda" else None
+
+
+def compare(case, mode, device, *, peers, call, verify, flops, nbytes, floor=None, graph=False, drive=None):
+    """Measure one case; the record that ``store`` keeps and ``render`` shows.
+
+    Args:
+        case, mode: a ``cases.Case`` and what is measured of it ("forward", ...).
+        device: "cuda" or "cpu".
+        peers: list of ``Peer``, ours first.
+        call: call(operation) -> list of callables without arguments, the timed work, one for each copy of the inputs;
+            ``operation`` is what ``Peer.load`` returned.
+        verify: verify(result of one such callable) -> {name: ``Error``}.
+        flops, nbytes: the least work: operations, and bytes read and written once.
+        floor: (name, callable): what the operation cannot beat, raced with the others.
+        graph: replay CUDA graphs instead of launching.
+        drive: see ``Race.run``.
+    """
+    results, laps = {}, {}
+    if floor is not None:
+        laps[floor[0]] = [floor[1]]
+        floor[1]()  # the libraries' workspaces are no contender's memory
+    for position, peer in enumerate(peers):
+        results[peer.name] = result = {"version": peer.distribution and installed(peer.distribution)}
+        if reason := absent(peer, device):
+            result["failed"] = reason
+            continue
+        try:
+            lap = call(peer.load())
+            result |= _examine(lap[0], verify, device)
+            if "failed" not in result:
+                laps[peer.name] = lap
+        except Exception as error:
+            if position == 0:
+                raise
+            reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+            result["failed"] = reason.split("\n")[0][:120]
+        gc.collect()
+    ours = results[peers[0].name]
+    assert "failed" not in ours, f"{peers[0].name}, {case}, {mode}: {ours['failed']}"
+    for name, times in Race(device, laps, graph=graph).run(seconds=SECONDS, drive=drive).items():
+        results.setdefault(name, {}).update(times)
+    return {
+        "case": case.name, "mode": mode, "dtype": case.dtype, "shape": case.shape, "flops": flops, "bytes": nbytes,
+        "floor": floor and floor[0], "ours": peers[0].name, "contenders": results,
+    }  # fmt: skip
+
+
+def _examine(lap, verify, device):
+    """Errors and extra bytes of one contender, or why it is out. What its first call leaves behind counts."""
+    poison(device)
+    before = allocated(device)
+    errors = verify(lap())
+    wrong = [f"{name} {error.value:.1e}" for name, error in errors.items() if not error.value <= error.limit]
+    if wrong:
+        return {"failed": "wrong: " + ", ".join(wrong)}
+    gc.collect()
+    kept = allocated(device) - before
+    return {
+        "errors": {name: error.value for name, error in errors.items()},
+        "extra": kept + peak_bytes(lap, device),
+    }
+
+
+def slug(device_name):
+    return "-".join("".join(c if c.isalnum() else " " for c in device_name.lower()).split())
+
+
+def store(operation, environment, record, results=RESULTS):
+    """Put one record into ``results/<device>/<operation>.json``, in place of an earlier one of its case and mode."""
+    path = results / slug(environment["device"]) / f"{operation}.json"
+    records = json.loads(path.read_text()) if path.exists() else []
+    key = lambda r: (r["case"], r["mode"])
+    records = {key(r): r for r in records} | {key(record): _rounded(record | {"environment": environment})}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(list(records.values()), indent=1) + "\n")
+
+
+def _rounded(value):
+    """Floats to five significant digits."""
+    if isinstance(value, dict):
+        return {name: _rounded(entry) for name, entry in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value

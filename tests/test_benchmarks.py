@@ -1,0 +1,256 @@
+"""The benchmark harness: what it measures, what it refuses to time, and that BENCHMARKS.md renders its records."""
+
+import json
+import sys
+import time
+
+import bench_linear_logprob as bench
+import cases
+import comparison
+import measurement
+import pytest
+import render
+import torch
+from comparison import Error, Peer
+from hypothesis import given
+from hypothesis import strategies as st
+from nanogrpo.kernels import fused_linear_logprob
+
+MIB = 2**20
+TINY = cases.Case("tiny head", "float32", {"N": 13, "D": 16, "V": 301})
+MASKED = cases.Case("tiny head, masked", "float32", {"N": 13, "D": 16, "V": 301, "kept": 5})
+ENVIRONMENT = {
+    "date": "2026-01-02", "commit": "abc1234", "python": "3.12.3", "torch": "2.13.0", "triton": "3.7.1",
+    "device": "CPU Some Name", "threads": 1,
+    "roofs": {"matmul": 1e11, "matmul_dtype": "float32", "copy": 2e10, "read": 1e10},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(comparison, "SECONDS", 0)
+
+
+def constant(value):
+    """A peer whose operation returns ``value``, or raises it."""
+
+    def operation():
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    return lambda: operation
+
+
+def compare(*peers, device="cpu", **arguments):
+    """A comparison of constants; the truth is 1, and 1.5 and more is plainly wrong."""
+    return comparison.compare(
+        TINY, "forward", device, peers=list(peers), call=lambda operation: [operation],
+        verify=lambda result: {"error": Error(abs(result - 1), 0.5)}, flops=2e9, nbytes=1e6, **arguments,
+    )  # fmt: skip
+
+
+def test_the_document_is_the_rendering_of_the_committed_records():
+    assert render.render() == render.DOCUMENT.read_text(encoding="utf-8"), "run `python benchmarks/render.py`"
+
+
+def test_every_contender_runs_once_a_round_and_copies_are_averaged():
+    ran = []
+    calls = {"once": [lambda: ran.append("once")], "twice": [lambda: time.sleep(0.01)] * 2}
+    times = measurement.Race("cpu", calls).run(seconds=0, warmup=2, fewest=3)
+    assert len(ran) == 5
+    assert times["once"]["rounds"] == times["twice"]["rounds"] == 3
+    assert 10 <= times["twice"]["ms"] < 20  # two sleeps of 10 ms: the mean, not the sum
+
+
+def test_rounds_fill_the_time_and_can_be_driven_by_another_tool():
+    counts = []
+    race = measurement.Race("cpu", {"sleep": [lambda: time.sleep(0.002)]})
+    times = race.run(seconds=60, most=7, drive=lambda round, count: (counts.append(count), round()))
+    assert counts == [7]
+    assert times["sleep"]["rounds"] == 1
+
+
+def test_spread_is_the_median_between_two_percentiles():
+    assert measurement.spread([5.0, 1.0, 2.0, 4.0, 3.0]) == {"ms": 3.0, "p20": 1.8, "p80": 4.2, "rounds": 5}
+    assert measurement.spread([2.0]) == {"ms": 2.0, "p20": 2.0, "p80": 2.0, "rounds": 1}
+
+
+@given(st.lists(st.integers(1, 100)), st.randoms())
+def test_highest_is_the_peak_of_what_is_alive(sizes, random):
+    alive, changes, top = [], [], 0
+    for size in sizes:
+        alive.append(size)
+        changes.append(size)
+        top = max(top, sum(alive))
+        if random.random() < 0.5:
+            changes.append(-alive.pop(random.randrange(len(alive))))
+    assert measurement.highest(changes) == top
+
+
+def test_peak_memory_counts_temporaries_and_the_result(device):
+    x = torch.randn(MIB, device=device)  # 4 MiB, the input: not counted
+
+    def call():
+        y = x + 1
+        z = y * 2
+        del y
+        return z[:1].clone()
+
+    assert 8 * MIB <= measurement.peak_bytes(call, device.type) < 8 * MIB + 4096
+    assert 4 * MIB <= measurement.peak_bytes(lambda: x + 1, device.type) < 4 * MIB + 4096
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
+def test_events_time_the_device_and_not_the_launch(graph):
+    x = torch.randn(4096, 4096, device="cuda")
+    calls = {
+        "one": [lambda: x @ x],
+        "four": [lambda: [x @ x for _ in range(4)]],
+        "copies": [lambda: x @ x] * 4,
+    }
+    times = measurement.Race("cuda", calls, graph=graph).run(seconds=0.2)
+    assert 3 < times["four"]["ms"] / times["one"]["ms"] < 5
+    assert 0.7 < times["copies"]["ms"] / times["one"]["ms"] < 1.4
+
+
+@pytest.mark.gpu
+def test_poison_shows_in_memory_that_nobody_writes(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    measurement.poison("cuda")
+    for elements in (1000, 10**7):
+        assert torch.empty(elements, device="cuda").isnan().any()
+
+
+@pytest.mark.gpu
+def test_rotated_copies_exceed_the_cache():
+    copies = measurement.rotated((torch.randn(1000, 1000, device="cuda"),), "cuda")
+    cache = torch.cuda.get_device_properties("cuda").L2_cache_size
+    assert sum(tensor.nbytes for (tensor,) in copies) >= 3 * cache
+    assert len({tensor.data_ptr() for (tensor,) in copies}) == len(copies)
+
+
+def test_who_does_not_run_is_recorded_with_the_reason():
+    record = compare(
+        Peer("ours", None, constant(1.0)),
+        Peer("inexact", "torch", constant(1.4)),
+        Peer("wrong", "torch", constant(1.6)),
+        Peer("nan", "torch", constant(float("nan"))),
+        Peer("broken", "torch", constant(RuntimeError("no kernel image\nmore"))),
+        Peer("missing", "no-such-distribution", constant(1.0)),
+        Peer("elsewhere", "torch", constant(1.0), cuda_only=True),
+    )
+    contenders = record["contenders"]
+    assert [name for name, result in contenders.items() if "ms" in result] == ["ours", "inexact"]
+    assert contenders["inexact"]["errors"]["error"] == pytest.approx(0.4)
+    assert contenders["inexact"]["version"] == torch.__version__
+    assert {name: result["failed"] for name, result in contenders.items() if "failed" in result} == {
+        "wrong": "wrong: error 6.0e-01",
+        "nan": "wrong: error nan",
+        "broken": "RuntimeError: no kernel image",
+        "missing": "no-such-distribution is not installed",
+        "elsewhere": "needs CUDA",
+    }
+
+
+@pytest.mark.parametrize("value, error", [(2.0, AssertionError), (RuntimeError("broken"), RuntimeError)])
+def test_our_own_failure_is_an_error(value, error):
+    with pytest.raises(error):
+        compare(Peer("ours", None, constant(value)), Peer("torch", "torch", constant(1.0)))
+
+
+def test_import_alone_skips_what_the_parents_import(tmp_path, monkeypatch):
+    inner = tmp_path / "heavy_package" / "inner"
+    inner.mkdir(parents=True)
+    (inner.parent / "__init__.py").write_text("raise RuntimeError('imported')")
+    (inner / "__init__.py").write_text("raise RuntimeError('imported')")
+    (inner / "kernel.py").write_text("def late():\n    from . import other\n    return other.ANSWER")
+    (inner / "other.py").write_text("ANSWER = 42")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert comparison.import_alone("heavy_package.inner.kernel").late() == 42
+    for name in [name for name in sys.modules if name.startswith("heavy_package")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_record_replaces_that_of_its_case_and_mode_alone(tmp_path):
+    record = compare(Peer("ours", None, constant(1.0)))
+    for mode, flops in (("forward", 1.0), ("forward + backward", 2.0), ("forward", 1 / 3)):
+        comparison.store("some_op", ENVIRONMENT, record | {"mode": mode, "flops": flops}, tmp_path)
+    records = json.loads((tmp_path / "cpu-some-name" / "some_op.json").read_text())
+    assert [(r["mode"], r["flops"]) for r in records] == [("forward", 0.33333), ("forward + backward", 2.0)]
+    assert records[0]["environment"] == ENVIRONMENT
+
+
+@pytest.mark.parametrize("ours, ratio", [(2.0, "0.50 (faster)"), (8.0, "2.00 (slower)")])
+def test_losses_show_as_plainly_as_wins(tmp_path, ours, ratio):
+    record = compare(
+        Peer("ours", None, constant(1.0)),
+        Peer("peer", "torch", constant(1.0)),
+        Peer("absent", "no-such-distribution", constant(1.0)),
+        floor=("one matmul", lambda: None),
+    )
+    for name, ms in (("ours", ours), ("peer", 4.0), ("one matmul", 1.0)):
+        record["contenders"][name] |= {"ms": ms, "p20": ms, "p80": ms}
+    comparison.store("some_op", ENVIRONMENT, record | {"flops": 1e8, "bytes": 1e4}, tmp_path)
+    text = render.render(tmp_path)
+    assert ratio in text
+    assert f"| {100 / ours:.0f}% |" in text  # 1e8 FLOP at 1e11 FLOP/s are 1 ms
+    assert f"**ours** | {ours:.2f}" in text
+    assert "Did not run: absent (no-such-distribution is not installed)." in text
+    assert "commit abc1234: torch 2.13.0, Triton 3.7.1, Python 3.12.3, 1 thread." in text
+    assert render.render(tmp_path) == text
+    assert (
+        render.verdict(record)
+        == f"tiny head, forward: {ours:.2f} ms, {ours / 4:.2f} of the best peer's time (peer)"
+    )
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0, "0"), (0.01234, "0.0123"), (0.5, "0.500"), (1.234, "1.23"), (123.4, "123"), (12345.6, "12,346")],
+)
+def test_numbers_have_three_digits(value, text):
+    assert render.number(value) == text
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cases_have_names_of_their_own(device):
+    heads = cases.linear_logprob(device)
+    assert len({case.name for case in heads}) == len(heads)
+    assert all(0 < case.shape.get("kept", 1) <= case.shape["N"] for case in heads)
+
+
+@pytest.mark.parametrize("case", [TINY, MASKED], ids=str)
+def test_the_truth_is_that_of_autograd_in_float64(case, monkeypatch):
+    monkeypatch.setattr(bench, "CHUNK", 100)
+    problem = bench.Problem(case, "cpu")
+    problem.weight = problem.weight.double()
+    problem.hidden = problem.hidden.detach().double().requires_grad_()
+    logprobs, grad = problem.step(bench.on_kept_rows(lambda h, w, t: -torch.nn.functional.cross_entropy(
+        h @ w.T, t, reduction="none")), True)  # fmt: skip
+    rows = torch.tensor([12, 0, 5])
+    expected, expected_grad = problem.truth(rows)
+    torch.testing.assert_close(logprobs[rows], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grad[rows], expected_grad, rtol=1e-6, atol=1e-6)  # upstream is float32
+    assert problem.mask is None or problem.mask.sum() == case.shape["kept"]
+
+
+@pytest.mark.parametrize("case", [TINY, MASKED], ids=str)
+@pytest.mark.parametrize("peer", [p for p in bench.PEERS if "compile" not in p.name], ids=lambda p: p.name)
+def test_each_adapter_speaks_to_its_peer(peer, case):
+    """Log-probs and gradient of every row, where the peer runs; those that compile take too long here."""
+    if reason := comparison.absent(peer, "cpu"):
+        pytest.skip(reason)
+    problem = bench.Problem(case, "cpu")
+    expected, expected_grad = problem.truth(torch.arange(case.shape["N"]))
+    logprobs, grad = problem.step(peer.load(), True)
+    assert (logprobs - expected).abs().max() <= 1e-5 * (1 + expected.abs().max())
+    assert (grad - expected_grad).norm() <= 1e-5 * expected_grad.norm()
+    assert torch.equal(problem.step(peer.load(), False)[0], logprobs)
+
+
+def test_ours_is_the_public_operation():
+    problem = bench.Problem(TINY, "cpu")
+    got, _ = problem.step(bench.PEERS[0].load(), False)
+    assert torch.equal(got, fused_linear_logprob(problem.hidden, problem.weight, problem.target_ids).logprobs)
