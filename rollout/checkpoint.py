@@ -30,6 +30,8 @@ ACCEPTED = (
     "or a hub name 'owner/name'"
 )
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
+# Phi-3 and Phi-4 store these projections as one, their rows one after the other.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 BITSANDBYTES_SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", NF4_STATE)
 
 
@@ -107,6 +109,8 @@ def expected_tensors(config):
         "mlp.up_proj.weight": (inner, hidden),
         "mlp.down_proj.weight": (hidden, inner),
     }
+    if config.qk_norm:
+        block |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
     if config.attention_bias:
         block |= {f"self_attn.{n}_proj.bias": (kv_heads if n in "kv" else heads,) for n in "qkv"}
     shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
@@ -150,20 +154,32 @@ class _Folder:
             if name.endswith(NF4_STATE)
         }
         stored = {name: entry["shape"] for header in headers.values() for name, entry in header.items()}
-        self.shapes = {
+        shapes = {
             name: tuple(self._packed[name]["shape"] if name in self._packed else shape)
             for name, shape in stored.items()
             if self._is_weight(name)
         }
+        expected = expected_tensors(self.config)
+        self._parts = {name: _parts(name, shape, expected) for name, shape in shapes.items()}
+        self.shapes = {part: shape for parts in self._parts.values() for part, shape in parts.items()}
 
     def tensors(self, keep_4bit=False):
-        for name in self.shapes:
-            if name in self._packed:
-                parts = (f"{name}{suffix}" for suffix in ("", *BITSANDBYTES_SUFFIXES))
-                saved = {part: self._get(part) for part in parts if part in self._files}
-                yield name, QuantizedWeight.from_bitsandbytes(saved, name)
-            else:
-                yield name, self._get(name)
+        for name, parts in self._parts.items():
+            whole, start = self._read(name), 0
+            if len(parts) == 1:
+                yield name, whole
+                continue
+            for part, (rows, _) in parts.items():
+                stop = start + rows
+                yield part, whole.rows(start, stop) if name in self._packed else whole[start:stop]
+                start = stop
+
+    def _read(self, name):
+        if name not in self._packed:
+            return self._get(name)
+        pieces = (f"{name}{suffix}" for suffix in ("", *BITSANDBYTES_SUFFIXES))
+        saved = {piece: self._get(piece) for piece in pieces if piece in self._files}
+        return QuantizedWeight.from_bitsandbytes(saved, name)
 
     def _get(self, name):
         try:
@@ -179,6 +195,17 @@ class _Folder:
             name == "lm_head.weight" and self.config.tie_word_embeddings
         )
         return owner not in self._packed and not ignored
+
+
+def _parts(name, shape, expected):
+    """``{name: shape}`` of the tensors that a stored one holds: itself, or those of a fused projection."""
+    for fused, separate in FUSED.items():
+        names = [name.replace(f".{fused}.", f".{part}.") for part in separate]
+        if names[0] != name and all(part in expected for part in names):
+            shapes = {part: expected[part] for part in names}
+            if shape == (sum(rows for rows, _ in shapes.values()), expected[names[0]][1]):
+                return shapes
+    return {name: shape}
 
 
 def _packaged_smollm2():

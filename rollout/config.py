@@ -1,4 +1,4 @@
-"""The shape of a Llama or Qwen2 decoder, read from a ``config.json`` or from GGUF metadata.
+"""The shape of a Llama, Qwen2, Qwen3 or Phi-3 (Phi-4) decoder, from a ``config.json`` or from GGUF metadata.
 
 Names are Hugging Face's. What this decoder does not compute (other architectures, other RoPE scalings,
 sliding windows, biases on the MLP) is refused here, before a weight is read.
@@ -6,7 +6,14 @@ sliding windows, biases on the MLP) is refused here, before a weight is read.
 
 from dataclasses import dataclass, field
 
-HF_ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+HF_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Phi3ForCausalLM": "phi3",
+}
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+WINDOWED = ("qwen2", "qwen3")  # a sliding window in the settings counts only where use_sliding_window is set
 LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -14,7 +21,8 @@ LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_m
 class ModelConfig:
     """Everything the forward pass needs to know about a checkpoint besides its weights.
 
-    ``attention_bias`` means biases on the q, k and v projections (Qwen2), never on the output projection.
+    ``attention_bias`` means biases on the q, k and v projections (Qwen2), never on the output projection;
+    ``qk_norm`` an RMSNorm over every head's query and key, before they are rotated (Qwen3).
     ``rope_scaling`` is ``None`` or Llama 3's ``{"rope_type": "llama3", "factor", "low_freq_factor",
     "high_freq_factor", "original_max_position_embeddings"}``. ``eos_token_ids`` are all ids that end a
     completion.
@@ -33,6 +41,7 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    qk_norm: bool = False
     rope_scaling: dict | None = field(default=None, hash=False)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -75,6 +84,7 @@ class ModelConfig:
             max_position_embeddings=max_positions,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=architecture == "qwen2",
+            qk_norm=architecture == "qwen3",
             rope_scaling=rope_scaling,
             bos_token_id=config.get("bos_token_id"),
             eos_token_ids=token_ids(config.get("eos_token_id")),
@@ -88,10 +98,10 @@ class ModelConfig:
         no ``output.weight``) and ``rope_scaling`` (Llama 3's, there is a ``rope_freqs.weight``).
         """
         architecture = metadata.get("general.architecture")
-        if architecture not in HF_ARCHITECTURES.values():
+        if architecture not in GGUF_ARCHITECTURES:
             raise ValueError(
                 f"GGUF architecture {architecture!r} is not supported, expected one of "
-                f"{_listed(HF_ARCHITECTURES.values())}"
+                f"{_listed(GGUF_ARCHITECTURES)}"
             )
 
         def get(key, default=None):
@@ -126,6 +136,7 @@ class ModelConfig:
             max_position_embeddings=need("context_length"),
             tie_word_embeddings=tie_word_embeddings,
             attention_bias=architecture == "qwen2",
+            qk_norm=architecture == "qwen3",
             rope_scaling=rope_scaling,
             bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
             eos_token_ids=token_ids([i for i in ends if i is not None]),
@@ -178,15 +189,17 @@ def _refuse_hf(config, architecture, max_positions):
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config.json: hidden_act {config['hidden_act']!r}, expected 'silu'")
     for key in ("attention_bias", "mlp_bias"):
-        if architecture == "llama" and config.get(key):
-            raise ValueError(f"config.json: {key}=true is not supported for LlamaForCausalLM")
+        if architecture != "qwen2" and config.get(key):
+            raise ValueError(f"config.json: {key}=true is not supported for {architecture}")
     rotary = (_rope_settings(config) | config).get("partial_rotary_factor") or 1.0
     if rotary != 1.0:
         raise ValueError(f"config.json: partial_rotary_factor {rotary}, expected 1")
     window, sliding = config.get("sliding_window"), "sliding_attention"
     layers = config.get("layer_types")
-    if layers is None and architecture == "qwen2" and config.get("use_sliding_window"):
+    if layers is None and architecture in WINDOWED and config.get("use_sliding_window"):
         layers = [sliding] * (config["num_hidden_layers"] - config.get("max_window_layers", 28))
+    if layers is None and architecture == "phi3":
+        layers = [sliding]
     if sliding in (layers or ()) and window is not None and window < max_positions:
         raise ValueError(
             f"config.json: a sliding window of {window} of {max_positions} tokens, expected none"

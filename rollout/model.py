@@ -1,4 +1,4 @@
-"""One decoder-only transformer for prefill, decode, scoring and training: Llama and Qwen2.
+"""One decoder-only transformer for prefill, decode, scoring and training: Llama, Qwen2, Qwen3 and Phi-3 (Phi-4).
 
 RMSNorm, rotary positions, grouped-query attention, SwiGLU, LoRA linears over dense or 4-bit weights. Tokens are
 packed: hidden states are (T, D) with no batch dimension and no padding.
@@ -81,6 +81,7 @@ class DecoderLayer(nn.Module):
         self.eps = config.rms_norm_eps
         self.input_norm = weights("input_layernorm.weight")
         self.post_attention_norm = weights("post_attention_layernorm.weight")
+        self.q_norm, self.k_norm = weights("self_attn.q_norm.weight"), weights("self_attn.k_norm.weight")
         for name in LINEARS:
             block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
             linear = LoraLinear(weights(f"{block}.{name}.weight"), weights(f"{block}.{name}.bias"))
@@ -89,6 +90,8 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden_states, cos, sin, attend):
         x = rms_norm(hidden_states, self.input_norm, self.eps)
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None:
+            q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
         out = attend(self.index, rotate(q, cos, sin), rotate(k, cos, sin), v)
         hidden_states = hidden_states + self.o_proj(out.flatten(-2))
         x = rms_norm(hidden_states, self.post_attention_norm, self.eps)

@@ -87,21 +87,25 @@ def pack_tree(sequences, *, share_prefix=True):
     )
 
 
-def split_by_budget(sequences, token_budget, *, share_prefix=True):
+def split_by_budget(sequences, token_budget, *, share_prefix=True, unit=1):
     """Cut ``sequences`` in order into runs of at most ``token_budget`` packed tokens: a list of index lists.
 
-    Raises ValueError when a single sequence is longer than the budget.
+    ``unit`` sequences in a row stay together (2: pairs). Raises ValueError when a single unit is longer than the
+    budget.
     """
     runs, tree = [[]], _Tree(share_prefix)
-    for index, sequence in enumerate(sequences):
-        if len(sequence) > token_budget:
-            raise ValueError(
-                f"sequence {index} has {len(sequence)} tokens, more than the budget of {token_budget}"
-            )
-        tree.add(sequence)
-        if len(tree.tokens) > token_budget:
+    for first in range(0, len(sequences), unit):
+        indices = range(first, min(first + unit, len(sequences)))
+        for attempt in (tree, _Tree(share_prefix)):
+            for index in indices:
+                attempt.add(sequences[index])
+            if len(attempt.tokens) <= token_budget:
+                break
+        else:
+            name = f"sequence {first} has" if unit == 1 else f"sequences {first} to {indices[-1]} have"
+            raise ValueError(f"{name} {len(attempt.tokens)} tokens, more than the budget of {token_budget}")
+        if attempt is not tree:
             runs.append([])
-            tree = _Tree(share_prefix)
-            tree.add(sequence)
-        runs[-1].append(index)
+            tree = attempt
+        runs[-1].extend(indices)
     return [run for run in runs if run]

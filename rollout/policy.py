@@ -118,6 +118,7 @@ class Policy:
         cu_seqlens=None,
         temperature=1.0,
         return_entropy=False,
+        return_hidden_states=False,
         share_prefix=True,
     ):
         """Log-probabilities of the completion tokens, each given all tokens before it in its sequence.
@@ -129,11 +130,12 @@ class Policy:
             cu_seqlens: (S+1,) sequence borders of a flat input_ids; None: one sequence.
             temperature: logits are divided by it.
             return_entropy: also return the entropy (nats) of each scored token's distribution.
+            return_hidden_states: also return the (K, D) hidden states that predict the K scored tokens, in order.
             share_prefix: compute what sequences have in common once.
 
         Returns:
             Float32 log-probs of input_ids' shape, 0 where not scored, differentiable to the adapters where grad is
-            enabled; with return_entropy a pair (logprobs, entropy).
+            enabled. With return_entropy or return_hidden_states a tuple of these and what was asked for.
         """
         shape = input_ids.shape
         if completion_mask.shape != shape:
@@ -156,8 +158,9 @@ class Policy:
             raise ValueError("completion_mask marks the first token of a sequence, which nothing predicts")
         hidden_states = self.model(tree.input_ids, tree.positions, TreeAttention(tree.key_end))
         targets = scored.nonzero().squeeze(-1)
+        hidden_states = hidden_states[tree.parent[targets]]
         out = fused_linear_logprob(
-            hidden_states[tree.parent[targets]],
+            hidden_states,
             self.model.head,
             tree.input_ids[targets],
             temperature=temperature,
@@ -172,9 +175,9 @@ class Policy:
             flat = values.new_zeros(mask.numel())
             return flat.masked_scatter(mask, values[rows]).reshape(shape)
 
-        if return_entropy:
-            return scatter(out.logprobs), scatter(out.entropy)
-        return scatter(out.logprobs)
+        extras = [scatter(out.entropy)] if return_entropy else []
+        extras += [hidden_states[rows]] if return_hidden_states else []
+        return (scatter(out.logprobs), *extras) if extras else scatter(out.logprobs)
 
     def save_adapter(self, folder):
         """Write the adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""

@@ -16,7 +16,8 @@ def small_config(architecture="llama", **overrides):
         "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     }  # fmt: skip
-    return ModelConfig(architecture, **{**sizes, "attention_bias": architecture == "qwen2", **overrides})
+    sizes |= {"attention_bias": architecture == "qwen2", "qk_norm": architecture == "qwen3"}
+    return ModelConfig(architecture, **{**sizes, **overrides})
 
 
 def random_tensors(config, seed=0):

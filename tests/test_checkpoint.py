@@ -29,6 +29,9 @@ SIZES = {
 }  # fmt: skip
 
 
+HEAD_DIM = {"Qwen3": 128}  # transformers' default for the family
+
+
 def hf_model(family, **settings):
     """A tiny random model whose norms and biases differ from their initial ones and zeros."""
     torch.manual_seed(0)
@@ -60,7 +63,7 @@ def change_tensors(folder, change):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shard", ["1GB", "30KB"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
 def test_folder_saved_by_transformers(tmp_path, family, tied, shard, dtype):
     model = hf_model(family, tie_word_embeddings=tied, bos_token_id=3, eos_token_id=[5, 6]).to(dtype)
     model.save_pretrained(tmp_path, max_shard_size=shard)
@@ -73,15 +76,80 @@ def test_folder_saved_by_transformers(tmp_path, family, tied, shard, dtype):
     for name, tensor in tensors.items():
         assert tensor.dtype == dtype and torch.equal(tensor, truth[name]), name
     assert opened.path == tmp_path and opened.config == ModelConfig(
-        family.lower(), 96, 64, 128, 2, 4, 2, 16, 10000.0, 1e-6, 128, tied, family == "Qwen2",
-        bos_token_id=3, eos_token_ids=(5, 6),
+        family.lower(), 96, 64, 128, 2, 4, 2, HEAD_DIM.get(family, 16), 10000.0, 1e-6, 128, tied,
+        family == "Qwen2", family == "Qwen3", bos_token_id=3, eos_token_ids=(5, 6),
     )  # fmt: skip
     with pytest.raises(FileNotFoundError, match="no tokenizer: expected a tokenizer.json"):
         _ = opened.tokenizer
 
 
+def split_by_hand(state, config):
+    """Phi-3's fused tensors as separate ones."""
+    separate = {}
+    for name, tensor in state.items():
+        if "qkv_proj" in name:
+            sizes = [
+                n * config.head_dim for n in (config.num_attention_heads, *[config.num_key_value_heads] * 2)
+            ]
+            for part, rows in zip("qkv", tensor.split(sizes), strict=True):
+                separate[name.replace("qkv", part)] = rows
+        elif "gate_up" in name:
+            gate, up = tensor.chunk(2)
+            separate |= {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
+        else:
+            separate[name] = tensor
+    return separate
+
+
+PHI3 = {"pad_token_id": None, "bos_token_id": 3, "eos_token_id": 5}
+
+
+def test_fused_projections_are_split(tmp_path):
+    model = hf_model("Phi3", **PHI3)
+    model.save_pretrained(tmp_path)
+    opened = open_checkpoint(tmp_path)
+    tensors, truth = dict(opened.tensors()), split_by_hand(model.state_dict(), opened.config)
+    assert tensors.keys() == truth.keys() == expected_tensors(opened.config).keys()
+    assert all(torch.equal(tensors[name], truth[name]) for name in truth)
+
+
+def test_a_fused_projection_of_another_size_is_named(tmp_path):
+    hf_model("Phi3", **PHI3).save_pretrained(tmp_path)
+    name = "model.layers.1.self_attn.qkv_proj.weight"
+    change_tensors(tmp_path, lambda tensors: tensors.update({name: tensors[name][1:].clone()}))
+    with pytest.raises(ValueError, match=f"3 missing: .*q_proj.weight.*1 surplus: {re.escape(name)}"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_fused_projections_in_4_bits_are_split(tmp_path, double_quant):
+    functional = pytest.importorskip("bitsandbytes").functional
+    model = hf_model("Phi3", **PHI3)
+    model.save_pretrained(tmp_path)
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    change_config(tmp_path, quantization_config=quantization)
+    state = model.state_dict()
+
+    def quantise(tensors):
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            codes, quant_state = functional.quantize_4bit(
+                tensors[name], blocksize=64, compress_statistics=double_quant, quant_type="nf4"
+            )
+            state[name] = functional.dequantize_4bit(codes, quant_state)
+            tensors[name] = codes
+            tensors |= {f"{name}.{key}": value for key, value in quant_state.as_dict(packed=True).items()}
+
+    change_tensors(tmp_path, quantise)
+    opened = open_checkpoint(tmp_path)
+    truth = split_by_hand(state, opened.config)
+    for name, tensor in opened.tensors():
+        values = dequantize_4bit(tensor) if isinstance(tensor, QuantizedWeight) else tensor
+        assert torch.equal(values, truth.pop(name)), name
+    assert not truth
+
+
 @given(
-    family=st.sampled_from(["Llama", "Qwen2"]),
+    family=st.sampled_from(["Llama", "Qwen2", "Qwen3"]),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
     layers=st.integers(1, 3),

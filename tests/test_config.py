@@ -25,7 +25,7 @@ GGUF = {
 
 
 @given(
-    family=st.sampled_from(["Llama", "Qwen2"]),
+    family=st.sampled_from(["Llama", "Qwen2", "Qwen3"]),
     kv_heads=st.integers(1, 4),
     group=st.integers(1, 4),
     head_dim=st.integers(1, 8).map(lambda half: 2 * half),
@@ -44,9 +44,30 @@ def test_transformers_config(family, kv_heads, group, head_dim, tied, rope, thet
     ours = ModelConfig.from_hf({**config.to_dict(), "architectures": [f"{family}ForCausalLM"]})
     assert ours == ModelConfig(
         family.lower(), 50, heads * head_dim, 24, 3, heads, kv_heads, head_dim, theta, 1e-5, 128, tied,
-        attention_bias=family == "Qwen2", rope_scaling=LLAMA3 if rope == LLAMA3 else None, bos_token_id=7,
+        attention_bias=family == "Qwen2", qk_norm=family == "Qwen3",
+        rope_scaling=LLAMA3 if rope == LLAMA3 else None, bos_token_id=7,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
     )  # fmt: skip
+
+
+def test_phi3_config():
+    sizes = {
+        "pad_token_id": None,
+        "bos_token_id": 7,
+        "eos_token_id": [5, 6],
+        "rope_parameters": {"rope_theta": 2.5e5},
+    }
+    config = transformers.Phi3Config(
+        **BASE, num_key_value_heads=2, max_position_embeddings=128, **sizes
+    ).to_dict()
+    config["architectures"] = ["Phi3ForCausalLM"]
+    expected = {"rope_theta": 2.5e5, "rms_norm_eps": 1e-5, "max_position_embeddings": 128}
+    ends = {"bos_token_id": 7, "eos_token_ids": (5, 6)}
+    assert ModelConfig.from_hf(config) == small_config("phi3", **expected, **ends)
+    with pytest.raises(ValueError, match="a sliding window of 64 of 128 tokens"):
+        ModelConfig.from_hf({**config, "sliding_window": 64})
+    with pytest.raises(ValueError, match="partial_rotary_factor 0.75"):
+        ModelConfig.from_hf({**config, "partial_rotary_factor": 0.75})
 
 
 def test_older_spelling_and_defaults():
@@ -63,7 +84,7 @@ def test_older_spelling_and_defaults():
     [
         (
             {"architectures": ["MambaForCausalLM"], "model_type": "mamba"},
-            "MambaForCausalLM.*LlamaForCausalLM, Qwen2",
+            "MambaForCausalLM.*LlamaForCausalLM, Phi3ForCausalLM, Qwen2",
         ),
         ({"architectures": None}, "architectures .* is not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear' is not supported"),
@@ -123,7 +144,7 @@ def test_gguf_metadata():
     [
         (
             {"general.architecture": "mamba"},
-            "GGUF architecture 'mamba' is not supported, expected one of llama, qwen2",
+            "GGUF architecture 'mamba' is not supported, expected one of llama, qwen2, qwen3",
         ),
         ({"llama.expert_count": 8}, "mixture of experts is not supported: 8"),
         ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type 'yarn' is not supported"),
@@ -137,5 +158,5 @@ def test_gguf_refused(metadata, message):
 
 
 def test_unknown_architecture():
-    with pytest.raises(ValueError, match="got architecture 'mamba', expected llama, qwen2"):
+    with pytest.raises(ValueError, match="got architecture 'mamba', expected llama, phi3, qwen2, qwen3"):
         small_config("mamba")

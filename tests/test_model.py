@@ -7,7 +7,7 @@ from checkpoints import small_config
 from nanogrpo.rollout import LoraConfig, pack_tree
 from nanogrpo.rollout.attention import TreeAttention
 from nanogrpo.rollout.model import rotary_frequencies
-from tiny import LLAMA3_ROPE, tiny_policy, tiny_weights, transformers_model
+from tiny import LLAMA3_ROPE, tiny_policy, tiny_weights, transformers_model, transformers_weights
 
 CONFIGS = {
     "llama": small_config(),
@@ -16,6 +16,9 @@ CONFIGS = {
     "llama 3 rope": small_config(rope_scaling=LLAMA3_ROPE, head_dim=32),
     "qwen2": small_config("qwen2", rms_norm_eps=1e-5),
     "qwen2, tied": small_config("qwen2", tie_word_embeddings=True, rope_theta=1e6),
+    "qwen3": small_config("qwen3", head_dim=32, rope_theta=1e6),
+    "qwen3, tied": small_config("qwen3", tie_word_embeddings=True),
+    "phi3": small_config("phi3", rope_theta=2.5e5, rms_norm_eps=1e-5),
 }
 
 
@@ -85,9 +88,10 @@ def test_checkpointed_layers_give_the_same_gradients(monkeypatch):
         torch.testing.assert_close(recomputed[name], grad, atol=0, rtol=0)
 
 
-def test_adapter_gradients_equal_autograd_of_merged_weights():
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "phi3"])
+def test_adapter_gradients_equal_autograd_of_merged_weights(architecture):
     """The chain rule of W + scaling B A on transformers' dense model, through the whole network."""
-    config, ids = small_config("qwen2"), random_ids(40)
+    config, ids = small_config(architecture), random_ids(40)
     weights = tiny_weights(config)
     policy = tiny_policy(config, weights, lora=LoraConfig(r=4, alpha=8))
     loss, grads = gradients(policy, ids)
@@ -97,6 +101,7 @@ def test_adapter_gradients_equal_autograd_of_merged_weights():
         factors[name] = a, b
         merged[f"{name}.weight"] = weights[f"{name}.weight"] + 2.0 * b @ a
     model = transformers_model(config, weights)
+    merged = transformers_weights(config, merged)
     theirs = torch.func.functional_call(model, merged, (ids[None],)).logits[0]
     expected = F.cross_entropy(theirs[:-1], ids[1:])
     expected.backward()

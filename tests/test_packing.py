@@ -78,3 +78,18 @@ def test_split_by_budget(sequences, budget, share_prefix):
 def test_split_refuses_a_sequence_over_the_budget():
     with pytest.raises(ValueError, match="sequence 1 has 3 tokens, more than the budget of 2"):
         split_by_budget([[1], [1, 2, 3]], 2)
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), max_size=8), st.integers(12, 30))
+def test_pairs_stay_together(sequences, budget):
+    sequences = sequences[: len(sequences) // 2 * 2]
+    runs = split_by_budget(sequences, budget, unit=2)
+    assert [i for run in runs for i in run] == list(range(len(sequences)))
+    assert all(run[0] % 2 == 0 and len(run) % 2 == 0 for run in runs)
+    for run in runs:
+        assert packed_size([sequences[i] for i in run], True) <= budget
+
+
+def test_split_refuses_a_pair_over_the_budget():
+    with pytest.raises(ValueError, match="sequences 0 to 1 have 4 tokens, more than the budget of 3"):
+        split_by_budget([[1, 2], [3, 4]], 3, unit=2)

@@ -26,7 +26,7 @@ def group_batch(prompt=20, completion=12, rows=6):
     return ids, mask
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "phi3"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_score_equals_transformers(architecture, temperature):
     config = small_config(architecture)

@@ -51,6 +51,7 @@ def score(policy, prompts, results, **options):
 
 @pytest.mark.parametrize("architecture, overrides", [
     ("llama", {}), ("llama", {"rope_scaling": LLAMA3_ROPE}), ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {}), ("phi3", {}),
 ])  # fmt: skip
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_logprobs_equal_scoring(architecture, overrides, temperature):

@@ -4,6 +4,7 @@ import torch
 import transformers
 from checkpoints import random_tensors, small_config
 from nanogrpo.rollout import Policy
+from nanogrpo.rollout.checkpoint import FUSED
 from nanogrpo.rollout.model import Transformer
 
 LLAMA3_ROPE = {
@@ -53,6 +54,19 @@ def perturb_adapters(policy, seed=0):
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
+def transformers_weights(config, weights):
+    """``weights`` as transformers keeps them: Phi-3's projections fused, differentiably."""
+    if config.architecture != "phi3":
+        return weights
+    fused = dict(weights)
+    for layer in range(config.num_hidden_layers):
+        for block, (whole, parts) in zip(("self_attn", "mlp"), FUSED.items(), strict=True):
+            prefix = f"model.layers.{layer}.{block}"
+            rows = [fused.pop(f"{prefix}.{part}.weight") for part in parts]
+            fused[f"{prefix}.{whole}.weight"] = torch.cat(rows)
+    return fused
+
+
 def transformers_model(config, weights):
     """The transformers model of the same config and weights, in float32 on the CPU."""
     rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {"rope_type": "default"})}
@@ -63,12 +77,12 @@ def transformers_model(config, weights):
             "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",
         )
     }  # fmt: skip
-    if config.architecture == "llama":
-        theirs = transformers.LlamaConfig(**sizes, head_dim=config.head_dim, rope_parameters=rope)
-        model = transformers.LlamaForCausalLM(theirs)
-    else:
-        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, rope_parameters=rope))
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if config.architecture == "phi3":  # its padding token lies outside a small vocabulary
+        sizes |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    family = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3"}[config.architecture]
+    theirs = getattr(transformers, f"{family}Config")(**sizes, head_dim=config.head_dim, rope_parameters=rope)
+    model = getattr(transformers, f"{family}ForCausalLM")(theirs)
+    missing, unexpected = model.load_state_dict(transformers_weights(config, weights), strict=False)
     assert not unexpected and set(missing) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())
     model.tie_weights()
     return model.float().eval()
