@@ -2,8 +2,9 @@
 
 from .checkpoint import Checkpoint, open_checkpoint, resolve_checkpoint
 from .config import ModelConfig
+from .lora import LoraConfig
 from .packing import pack_tree, split_by_budget
-from .policy import LoraConfig, Policy
+from .policy import Policy
 from .sampler import Completion, Sampler
 from .sampling import SamplingParams
 from .tokenizer import Tokenizer

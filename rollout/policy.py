@@ -1,37 +1,15 @@
 """A policy: weights, tokenizer and adapters, with the log-probabilities that training and scoring need."""
 
 import contextlib
-import json
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from ..kernels import QuantizedWeight, dequantize_4bit, fused_linear_logprob, quantize_4bit
 from .attention import TreeAttention
 from .checkpoint import open_checkpoint, resolve_checkpoint
+from .lora import DEFAULT_LORA, check_targets, read_adapter, write_adapter
 from .model import LINEARS, Transformer
 from .packing import pack_tree
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685): rank r, scaling alpha / r, on the linears named in ``targets``."""
-
-    r: int = 16
-    alpha: float = 16
-    targets: tuple[str, ...] = LINEARS
-
-    def __post_init__(self):
-        if self.r < 1:
-            raise ValueError(f"LoRA r must be at least 1, got {self.r}")
-        if not self.alpha > 0:
-            raise ValueError(f"LoRA alpha must be positive, got {self.alpha}")
-        unknown = sorted(set(self.targets) - set(LINEARS))
-        if unknown or not self.targets:
-            raise ValueError(f"LoRA targets must be some of {', '.join(LINEARS)}; got {unknown or 'none'}")
 
 
 class Policy:
@@ -45,7 +23,7 @@ class Policy:
         self.lora = lora
 
     @classmethod
-    def load(cls, name_or_path=None, *, quantize=None, lora=LoraConfig(), device=None, dtype=None, seed=0):
+    def load(cls, name_or_path=None, *, quantize=None, lora=DEFAULT_LORA, device=None, dtype=None, seed=0):
         """Load a checkpoint (default: the packaged SmolLM2-135M-Instruct) and attach fresh adapters.
 
         quantize: "nf4", "int4" or None (dense) for the linears of the blocks; lora: ``LoraConfig`` or None;
@@ -80,6 +58,7 @@ class Policy:
 
     def add_adapters(self, lora, *, seed=0):
         """Attach fresh adapters in place of any others; untrained, they leave the base's output as it is."""
+        check_targets(lora, self.config.architecture)
         generator = torch.Generator().manual_seed(seed)
         for name, linear in self.model.linears():
             if name.rsplit(".", 1)[-1] in lora.targets:
@@ -183,41 +162,13 @@ class Policy:
         """Write the adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
         if self.lora is None:
             raise ValueError("this policy has no adapters to save")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.adapters().items()}
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        description = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.name,
-            "r": self.lora.r,
-            "lora_alpha": self.lora.alpha,
-            "lora_dropout": 0.0,
-            "target_modules": list(self.lora.targets),
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-        }
-        (folder / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
+        write_adapter(folder, self.lora, tensors, base=self.name, architecture=self.config.architecture)
 
     def load_adapter(self, folder):
         """Replace the adapters by those of a folder in PEFT's format, made by this project or by PEFT."""
-        folder = Path(folder)
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (folder / file).is_file():
-                raise ValueError(f"{folder} is no adapter folder: it has no {file}")
-        description = json.loads((folder / "adapter_config.json").read_text())
-        for setting in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
-            if description.get(setting):
-                raise ValueError(f"{folder} sets {setting}, expected a plain LoRA adapter")
-        lora = LoraConfig(
-            r=description["r"], alpha=description["lora_alpha"], targets=tuple(description["target_modules"])
-        )
-        try:
-            tensors = load_file(folder / "adapter_model.safetensors")
-        except SafetensorError as error:
-            raise ValueError(f"{folder}/adapter_model.safetensors is damaged: {error}") from error
+        shapes = {name: tuple(linear.weight.shape) for name, linear in self.model.linears()}
+        lora, tensors = read_adapter(folder, shapes, architecture=self.config.architecture)
         self._check_adapter_tensors(tensors, lora, source=str(folder))
         self.add_adapters(lora)
         self.load_adapter_tensors(tensors, source=str(folder))

@@ -120,11 +120,20 @@ def test_disable_adapters_is_the_base_and_restores():
     assert torch.equal(policy.score(ids, mask), before)
 
 
-@pytest.mark.parametrize("targets", [LINEARS, ("q_proj", "v_proj")])
-def test_peft_reads_our_adapters_and_we_read_theirs(tmp_path, targets):
+PEFT_CASES = [
+    ("llama", LINEARS),
+    ("llama", ("q_proj", "v_proj")),
+    ("qwen3", LINEARS),
+    ("phi3", LINEARS),
+    ("phi3", ("o_proj", "gate_proj", "up_proj")),
+]
+
+
+@pytest.mark.parametrize("architecture, targets", PEFT_CASES)
+def test_peft_reads_our_adapters_and_we_read_theirs(tmp_path, architecture, targets):
     import peft
 
-    config, (ids, mask) = small_config(), group_batch()
+    config, (ids, mask) = small_config(architecture), group_batch()
     weights, lora = tiny_weights(config), LoraConfig(r=4, alpha=8, targets=targets)
     policy = tiny_policy(config, weights, lora=lora)
     policy.save_adapter(tmp_path / "ours")
@@ -142,6 +151,34 @@ def test_peft_reads_our_adapters_and_we_read_theirs(tmp_path, targets):
         assert loaded.lora.r == 4 and loaded.lora.alpha == 8 and set(loaded.lora.targets) == set(targets)
         assert torch.equal(loaded.score(ids, mask).detach(), scores)
         assert loaded.adapters().keys() == policy.adapters().keys()
+        assert all(torch.equal(t, policy.adapters()[n]) for n, t in loaded.adapters().items())
+
+
+def test_an_adapter_that_peft_trained_on_a_fused_projection(tmp_path):
+    """One lora_a for q, k and v together: each of our three gets it, with its own rows of lora_b."""
+    import peft
+
+    config, (ids, mask) = small_config("phi3"), group_batch()
+    weights = tiny_weights(config)
+    lora = peft.LoraConfig(
+        r=6, lora_alpha=9, target_modules=["qkv_proj", "down_proj"], init_lora_weights=False
+    )
+    theirs = peft.get_peft_model(transformers_model(config, weights), lora)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    policy = tiny_policy(config, weights)
+    policy.load_adapter(tmp_path)
+    assert set(policy.lora.targets) == {"q_proj", "k_proj", "v_proj", "down_proj"} and policy.lora.r == 6
+    with torch.no_grad():
+        full = theirs(ids).logits.log_softmax(-1)[:, :-1]
+        expected = full.gather(-1, ids[:, 1:, None])[..., 0] * mask[:, 1:]
+        torch.testing.assert_close(policy.score(ids, mask)[:, 1:], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_on_a_part_of_a_fused_projection_are_refused():
+    with pytest.raises(
+        ValueError, match="all of q_proj, k_proj, v_proj or none, .*one qkv_proj; got q_proj, v_proj"
+    ):
+        tiny_policy(small_config("phi3"), lora=LoraConfig(targets=("q_proj", "v_proj")))
 
 
 def test_saving_is_exact(tmp_path):
@@ -201,6 +238,15 @@ def test_adapters_of_another_kind_are_refused(tmp_path, setting):
 def test_bad_lora_config(options, message):
     with pytest.raises(ValueError, match=message):
         LoraConfig(**options)
+
+
+def test_target_modules_as_a_pattern_are_refused(tmp_path):
+    policy = tiny_policy(lora=LoraConfig(r=4))
+    policy.save_adapter(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": "all-linear"}))
+    with pytest.raises(ValueError, match="target_modules 'all-linear', expected a list"):
+        policy.load_adapter(tmp_path)
 
 
 def test_bad_quantize():
