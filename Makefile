@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # From the repo root the folder `kernels` would shadow Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: train test test-gpu lint bench
+.PHONY: train test test-gpu test-oracles lint bench
 
 train: $(VENV)/ready
 	$(BIN)/nanogrpo train $(ARGS)
@@ -16,6 +16,9 @@ test: $(VENV)/ready-test
 
 test-gpu: $(VENV)/ready-test
 	$(BIN)/python -m pytest -m gpu
+
+test-oracles: $(VENV)/ready-oracles
+	PYTHONPATH=$(CURDIR)/$(VENV)/oracles $(BIN)/python -m pytest -m oracle
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .
@@ -38,4 +41,8 @@ $(VENV)/ready-test: $(VENV)/ready requirements-test.txt
 
 $(VENV)/ready-peers: $(VENV)/ready-test requirements-peers.txt
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/peers -r requirements-peers.txt
+	touch $@
+
+$(VENV)/ready-oracles: $(VENV)/ready-test requirements-oracles.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oracles -r requirements-oracles.txt
 	touch $@

@@ -64,3 +64,9 @@ def linear_logprob(device):
         head("Qwen2.5-1.5B", 8192, kept=4096, label="rows half masked"),
         head("Qwen2.5-1.5B", 128, label="rows (a decode step)"),
     ]
+
+
+def policy_loss(device):
+    """Batches of B completions of T tokens at most."""
+    sizes = [(64, 1024)] if device == "cpu" else [(64, 1024), (512, 4096)]
+    return [Case(f"{B} completions of up to {T} tokens", "float32", {"B": B, "T": T}) for B, T in sizes]

@@ -1,4 +1,4 @@
-"""The command line: ``nanogrpo train``, ``nanogrpo sample`` and ``nanogrpo eval``."""
+"""The command line: ``nanogrpo train``, ``sample``, ``eval``, ``replay`` and ``verify``."""
 
 import argparse
 import dataclasses
@@ -21,7 +21,7 @@ def main(argv=None):
 
 def _parser():
     parser = argparse.ArgumentParser(prog="nanogrpo", description="GRPO fine-tuning in very little VRAM")
-    commands = parser.add_subparsers(required=True, metavar="train | sample | eval")
+    commands = parser.add_subparsers(required=True, metavar="train | sample | eval | replay | verify")
 
     train = commands.add_parser("train", help="fine-tune a policy on a task")
     for field in dataclasses.fields(GRPOConfig):
@@ -45,7 +45,30 @@ def _parser():
     evaluation.add_argument("--held-out", type=int, default=200)
     evaluation.add_argument("--max-tokens", type=int, default=8)
     evaluation.set_defaults(run=_evaluate)
+
+    replay = commands.add_parser(
+        "replay", help="the gradients that other losses would have given saved rollouts"
+    )
+    replay.add_argument("batches", nargs="+", metavar="BATCH", help="files that train --save-batches wrote")
+    _add_policy_flags(replay)
+    lists = {"type": _names, "metavar": "NAME,..."}
+    replay.add_argument("--losses", **lists, default=["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
+    replay.add_argument("--estimators", **lists, default=["grpo", "dr_grpo"])
+    replay.add_argument("--kl-coefs", **lists, default=["0"], help="0 is no KL term")
+    replay.add_argument("--kl-gradients", **lists, default=["corrected"])
+    replay.add_argument("--aggregates", **lists, default=[None], help="default: each loss's own")
+    replay.add_argument("--token-budget", type=int, default=4096)
+    replay.add_argument("--out", default="replay", help="folder for replay.json and replay.png")
+    replay.set_defaults(run=_replay)
+
+    verify = commands.add_parser("verify", help="our losses beside another library's, on the same tensors")
+    verify.add_argument("--against", required=True, help="trl, liger or verl")
+    verify.set_defaults(run=_verify)
     return parser
+
+
+def _names(text):
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _add_flag(parser, field):
@@ -76,6 +99,36 @@ def _load(arguments):
     if arguments.adapter:
         policy.load_adapter(arguments.adapter)
     return policy
+
+
+def _replay(arguments):
+    from ..rollout import LoraConfig
+    from .replay import grid, replay
+    from .rollout_batch import RolloutBatch
+
+    cells = grid(
+        arguments.losses,
+        arguments.estimators,
+        [float(text) for text in arguments.kl_coefs],
+        arguments.kl_gradients,
+        arguments.aggregates,
+    )
+    batches = [RolloutBatch.load(path) for path in arguments.batches]
+    policy = _load(arguments)
+    if policy.lora is None:
+        policy.add_adapters(LoraConfig())
+    result = replay(policy, batches, cells, token_budget=arguments.token_budget)
+    result.save(arguments.out)
+    print(f"{len(batches)} batches, {len(cells)} cells; mean [95% bootstrap interval over batches]")
+    print("\n".join(result.table()))
+    print(f"the cosine between every two: {arguments.out}/replay.png and replay.json")
+    return 0
+
+
+def _verify(arguments):
+    from .verify import run
+
+    return run(arguments.against)
 
 
 def _train(arguments):

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: adapters and optimiser state, written whole or not at all, read without pickle.
+"""Checkpoints of a run: trained parameters and optimiser state, written whole or not at all, read without pickle.
 
 All other randomness of a run is keyed by (seed, step), so these tensors and the step number are its whole state.
 """
@@ -14,15 +14,18 @@ from safetensors.torch import load_file, save_file
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save_checkpoint(folder, step, policy, optimizer, *, keep=2):
-    """Write ``folder/step-XXXXXX`` under a temporary name, rename it, and drop all but the last ``keep``."""
+def save_checkpoint(folder, step, parameters, optimizer, *, keep=2):
+    """Write ``folder/step-XXXXXX`` under a temporary name, rename it, and drop all but the last ``keep``.
+
+    parameters: dict of names to the trained parameters, all of the optimiser's.
+    """
     folder = Path(folder)
     final, partial = folder / f"step-{step:06d}", folder / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {}
-    for name, parameter in policy.adapters().items():
-        tensors[f"adapter.{name}"] = parameter.detach().cpu()
+    for name, parameter in parameters.items():
+        tensors[f"parameter.{name}"] = parameter.detach().cpu()
         for moment in MOMENTS:
             if parameter in optimizer.state:
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu()
@@ -44,10 +47,10 @@ def list_checkpoints(folder):
     return sorted(Path(folder).glob("step-*"))
 
 
-def load_checkpoint(path, policy, optimizer):
-    """Put a checkpoint into the policy and the optimiser and return its step.
+def load_checkpoint(path, parameters, optimizer):
+    """Put a checkpoint into ``parameters`` (dict of names) and their optimiser, and return its step.
 
-    Raises ValueError naming the checkpoint when it is damaged or belongs to another model.
+    Raises ValueError naming the checkpoint when it is damaged or does not fit, before anything is changed.
     """
     path = Path(path)
     try:
@@ -55,9 +58,17 @@ def load_checkpoint(path, policy, optimizer):
         tensors = load_file(path / "state.safetensors")
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ValueError(f"checkpoint {path} is damaged: {error}") from error
-    adapters = {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("adapter.")}
-    policy.load_adapter_tensors(adapters, source=str(path))
-    for name, parameter in policy.adapters().items():
+    saved = {
+        name.removeprefix("parameter."): t for name, t in tensors.items() if name.startswith("parameter.")
+    }
+    if set(saved) != set(parameters):
+        odd = sorted(set(saved) ^ set(parameters))[:3]
+        raise ValueError(f"checkpoint {path} does not fit this run, first differences: {odd}")
+    for name, parameter in parameters.items():
+        if (got := tuple(saved[name].shape)) != (expected := tuple(parameter.shape)):
+            raise ValueError(f"checkpoint {path}: {name} has shape {got}, expected {expected}")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(saved[name])
         moments = {moment: tensors.get(f"{moment}.{name}") for moment in MOMENTS}
         if all(tensor is not None for tensor in moments.values()):
             state = {moment: tensor.to(parameter.device) for moment, tensor in moments.items()}

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .advantages import ESTIMATORS
-from .loss import PRESETS, preset
+from .algorithms import ALGORITHMS, find_algorithm
 from .rewards import REWARDS, parse_rewards
 from .tasks import TASKS, find_task
 
@@ -24,19 +25,41 @@ class GRPOConfig:
     )
     task: str = setting("larger", f"what to learn: {', '.join(TASKS)}")
     rewards: str = setting("format:0.2,correct:0.8", f"name:weight, ...; names: {', '.join(REWARDS)}")
+    reward_timeout: float = setting(60.0, "seconds that one call of a reward function may take")
     steps: int | None = setting(None, "optimiser steps; default: what the task takes")
     group_size: int = setting(8, "completions a prompt (G)")
     prompts_per_step: int = setting(8, "prompts a step")
     max_completion_length: int = setting(8, "tokens a completion at most")
     temperature: float = setting(1.2, "sampling temperature")
-    algorithm: str = setting("grpo", f"loss preset: {', '.join(PRESETS)}")
-    estimator: str = setting("grpo", f"advantage estimator: {', '.join(ESTIMATORS)}")
+    algorithm: str = setting("grpo", f"what to train by: {', '.join(ALGORITHMS)}")
+    estimator: str | None = setting(
+        None, f"advantages: gdpo, {', '.join(ESTIMATORS)}; default: as the algorithm has them"
+    )
     kl_coef: float = setting(0.1, "weight of the KL penalty against the base model")
+    kl_place: str | None = setting(
+        None, "where that penalty stands: loss or reward; default: as the algorithm has it"
+    )
+    sampler_correction: str | None = setting(
+        None,
+        "weigh the loss by trainer / sampler probability: token-truncate, sequence-mask, ...; default: no",
+    )
+    truncated: str = setting(
+        "keep", "completions cut off at the limit: keep, mask (not learned from), drop (nor in the baseline)"
+    )
+    overlong_buffer: int = setting(
+        0, "tokens below the limit over which DAPO's punishment grows to -1; 0: none"
+    )
+    dynamic_sampling: int = setting(1, "rounds of sampling a step at most, to replace groups without signal")
+    gamma: float = setting(1.0, "discount a token (ppo)")
+    gae_lambda: float = setting(0.95, "lambda of generalised advantage estimation (ppo)")
+    value_coef: float = setting(0.1, "weight of the value loss (ppo)")
+    value_clip: float = setting(0.2, "a value may move this far a step (ppo)")
+    dpo_beta: float = setting(0.1, "weight of the drift from the base model in a preference (online_dpo)")
     num_iterations: int = setting(1, "optimiser steps on each batch of rollouts")
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: float = setting(32.0, "adapters are scaled by alpha / r")
     lr: float = setting(4e-4, "peak learning rate of AdamW")
-    warmup_steps: int = setting(3, "steps of linear warm-up")
+    warmup_steps: int = setting(10, "steps of linear warm-up")
     min_lr_ratio: float = setting(0.1, "the linear decay ends at this share of lr")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     token_budget: int = setting(4096, "packed tokens a micro-batch; lower it to save memory")
@@ -49,6 +72,7 @@ class GRPOConfig:
     )
     quantize: str | None = setting(None, "4-bit format of the frozen linears: nf4 or int4; default: dense")
     vram_limit: float | None = setting(None, "GiB of GPU memory that the process may take; default: no limit")
+    save_batches: bool = setting(False, "keep the rollouts of every step, to be replayed")
     out: str | None = setting(None, "run folder; default: runs/TASK-seedSEED")
 
     def __post_init__(self):
@@ -56,7 +80,10 @@ class GRPOConfig:
         if self.steps is None:
             object.__setattr__(self, "steps", task.steps)
         parse_rewards(self.rewards)
-        preset(self.algorithm)
+        algorithm = find_algorithm(self.algorithm)
+        for name in ("estimator", "kl_place"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(algorithm.loss, name))
         at_least = {
             "steps": 1,
             "prompts_per_step": 1,
@@ -66,6 +93,9 @@ class GRPOConfig:
             "warmup_steps": 0,
             "min_lr_ratio": 0,
             "kl_coef": 0,
+            "dynamic_sampling": 1,
+            "overlong_buffer": 0,
+            "value_coef": 0,
             "token_budget": 1,
             "held_out": 1,
             "seed": 0,
@@ -73,7 +103,15 @@ class GRPOConfig:
         for name, low in at_least.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        for name in ("lr", "temperature", "lora_alpha", "max_grad_norm"):
+        for name in (
+            "lr",
+            "temperature",
+            "lora_alpha",
+            "max_grad_norm",
+            "value_clip",
+            "dpo_beta",
+            "reward_timeout",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
         if self.group_size < 2:
@@ -81,8 +119,23 @@ class GRPOConfig:
                 f"group_size must be at least 2, got {self.group_size}: the {self.estimator} advantage compares the "
                 "completions of a prompt with each other"
             )
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}")
+        fitting = ["gae"] if algorithm.objective == "ppo" else ["gdpo", *ESTIMATORS]
+        if self.estimator not in fitting:
+            raise ValueError(
+                f"estimator of {self.algorithm} must be one of {', '.join(fitting)}, got {self.estimator!r}"
+            )
+        for name, choices in (("kl_place", ("loss", "reward")), ("truncated", ("keep", "mask", "drop"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        if self.overlong_buffer > self.max_completion_length:
+            raise ValueError(
+                f"overlong_buffer must be at most max_completion_length = {self.max_completion_length}, "
+                f"got {self.overlong_buffer}"
+            )
+        self.loss_config()
         if self.quantize not in (None, "nf4", "int4"):
             raise ValueError(f"quantize must be nf4 or int4, got {self.quantize!r}")
         if self.device is not None and self.device.split(":")[0] not in ("cpu", "cuda"):
@@ -93,7 +146,16 @@ class GRPOConfig:
             raise ValueError(f"vram_limit must be a positive number of GiB, got {self.vram_limit}")
 
     def loss_config(self):
-        return preset(self.algorithm, kl_coef=self.kl_coef, max_completion_length=self.max_completion_length)
+        """The ``LossConfig`` of the algorithm, with this run's KL term and length."""
+        changes = {"kl_coef": self.kl_coef, "max_completion_length": self.max_completion_length}
+        changes["sampler_correction"] = self.sampler_correction
+        if self.kl_place != find_algorithm(self.algorithm).loss.kl_place:
+            # What stands in the other place is the default KL of that place.
+            reward = {"kl_estimator": "k1", "kl_gradient": "plain"}
+            changes |= (
+                reward if self.kl_place == "reward" else {"kl_estimator": "k3", "kl_gradient": "corrected"}
+            )
+        return replace(find_algorithm(self.algorithm).loss, kl_place=self.kl_place, **changes)
 
     def learning_rate(self, step):
         """Learning rate of ``step`` (from 1): linear warm-up, then linear decay to min_lr_ratio * lr."""
@@ -103,7 +165,10 @@ class GRPOConfig:
         return self.lr * (1 - (1 - self.min_lr_ratio) * progress)
 
     def save(self, path):
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """Write as JSON, at once: a reader or a kill never meets half of it."""
+        partial = Path(f"{path}.partial")
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        os.replace(partial, path)
 
     @classmethod
     def load(cls, path):

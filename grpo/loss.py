@@ -1,23 +1,29 @@
-"""The policy loss of GRPO and its relatives, as a product of four pure functions on per-token log-probabilities.
+"""The policy losses of GRPO and its relatives, as a product of four pure functions on per-token log-probabilities.
 
     ratio       rho   how far the policy has moved from the one that wrote the token    ``RATIOS``
     surrogate   phi   what that move is worth, given the advantage                      ``SURROGATES``
     weights     w     corrections of the policy-gradient term alone                     ``token_weights``
-    aggregate         sum over tokens of (w phi + kl_coef KL), over a denominator       ``aggregate``
+    aggregate         sum over tokens of (w phi + kl_coef KL), over a denominator       ``AGGREGATES``
 
 A published loss is a ``LossConfig``, a point in that product; ``PRESETS`` names some. Rows i of (B, T) are
-completions, columns t tokens, |o_i| the tokens of row i that the mask selects; l, l_old, l_ref are log-probabilities
-of the sampled token under the policy, the policy at rollout and the reference. The loss is minimised.
+completions, columns t tokens, |o_i| the tokens of row i that the mask selects; l, l_old, l_ref, l_sampler are
+log-probabilities of the sampled token under the policy, the policy at rollout as the trainer computes it, the
+reference and the sampler; p = exp(l); sg stops the gradient. The loss is minimised.
+
+Whatever looks at a whole batch is an argument: ``denominator`` and ``entropy_threshold``. Computed once over the
+batch and given to each of its micro-batches, they make the losses of the micro-batches sum to that of the batch.
 
 The mask selects before any arithmetic and again before the sum, so NaN or infinity at a masked position reaches
 neither value nor gradient; multiplying by the mask would let both through. Half precision is raised to float32.
-Log-ratios are not clamped: an overflow shows as inf instead of passing for a number. Packed log-probs are scattered
-to (B, T) first, one scalar a token.
+Log-ratios are not clamped, VESPO's apart: an overflow shows as inf instead of passing for a number. Packed log-probs
+are scattered to (B, T) first, one scalar a token.
 """
 
 import difflib
+import itertools
 import math
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 
@@ -33,65 +39,272 @@ def _check_choice(what, got, options):
         raise ValueError(f"{what}: got {got!r}, nearest is {nearest!r}, expected one of {list(options)}")
 
 
-def token_ratio(log_ratio, mask):
-    """exp(l - l_old), one ratio a token (PPO, arXiv 1707.06347). (B, T) -> (B, T)."""
-    return log_ratio.exp()
+class Tokens(NamedTuple):
+    """What ratios, surrogates and weights look at: (B, T) each, 0 where masked. Only logprobs have gradient.
 
-
-def sequence_ratio(log_ratio, mask):
-    """exp(mean over o_i of l - l_old), one ratio a row, repeated along it (GSPO, arXiv 2507.18071).
-
-    ``log_ratio`` (B, T) must be 0 where masked; an empty row has ratio 1.
+    ``sampler_logprobs``, ``correction`` (``sampler_correction``) and ``entropy`` are None where not given.
     """
-    lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return (log_ratio.sum(dim=1, keepdim=True) / lengths).exp().expand_as(log_ratio)
+
+    logprobs: torch.Tensor
+    old_logprobs: torch.Tensor
+    log_ratio: torch.Tensor
+    advantages: torch.Tensor
+    mask: torch.Tensor
+    sampler_logprobs: torch.Tensor | None = None
+    correction: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+
+    def row_mean(self, values):
+        """(B, T) -> (B, 1), the mean over o_i of values that are 0 where masked; 0 for an empty row."""
+        return values.sum(dim=1, keepdim=True) / self.mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def clip_surrogate(ratio, advantages, logprobs, config):
+def token_ratio(tokens, config):
+    """One ratio a token (PPO, arXiv 1707.06347)."""
+    return tokens.log_ratio.exp()
+
+
+def sequence_ratio(tokens, config):
+    """One ratio a row, the geometric mean of its tokens' (GSPO, arXiv 2507.18071). An empty row has ratio 1."""
+    return tokens.row_mean(tokens.log_ratio).exp().expand_as(tokens.log_ratio)
+
+
+def sequence_token_ratio(tokens, config):
+    """The value of ``sequence_ratio`` with the gradient of the token's own log-prob (GSPO-token, same paper)."""
+    straight_through = tokens.logprobs - tokens.logprobs.detach()
+    return (tokens.row_mean(tokens.log_ratio.detach()) + straight_through).exp()
+
+
+def sequence_sum_ratio(tokens, config):
+    """One ratio a row, the product of its tokens': the unbiased one, of large variance (RLOO, arXiv 2402.14740)."""
+    return tokens.log_ratio.sum(dim=1, keepdim=True).exp().expand_as(tokens.log_ratio)
+
+
+def geometric_mean_ratio(tokens, config):
+    """exp(mean_t c), with c the log-ratio clipped to [-clip_low, clip_high] on the side where going on would pay:
+    above for A > 0, below otherwise (GMPO, arXiv 2507.20673). One ratio a row where the advantage is one a row."""
+    log_ratio = tokens.log_ratio
+    clamped = log_ratio.clamp(-config.clip_low, config.clip_high)
+    one_sided = torch.where(
+        tokens.advantages > 0, torch.minimum(log_ratio, clamped), torch.maximum(log_ratio, clamped)
+    )
+    return tokens.row_mean(one_sided).exp().expand_as(log_ratio)
+
+
+def _unclipped(phi):
+    return phi, *[torch.zeros_like(phi, dtype=torch.bool)] * 2
+
+
+def clip_surrogate(ratio, tokens, config):
     """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), PPO's pessimistic bound (arXiv 1707.06347).
 
     ``dual_clip`` c bounds rho from above where A < 0, where the min leaves it unbounded (arXiv 1912.09729).
-    Returns (phi, clipped_low, clipped_high), each (B, T): the masks tell where the clip has cut the gradient.
+    Every surrogate returns (phi, clipped_low, clipped_high), each (B, T); the masks tell where its bound acted.
     """
-    low, high = 1 - config.clip_low, 1 + config.clip_high
+    low, high, advantages = 1 - config.clip_low, 1 + config.clip_high, tokens.advantages
     bounded = ratio if config.dual_clip is None else ratio.clamp(max=config.dual_clip)
     phi = -torch.minimum(bounded * advantages, ratio.clamp(low, high) * advantages)
     return phi, (advantages < 0) & (ratio < low), (advantages > 0) & (ratio > high)
 
 
-def token_weights(old_logprobs, sampler_logprobs, mask, config):
+def cispo_surrogate(ratio, tokens, config):
+    """-sg(min(rho, clip_high)) A l: every token keeps a gradient; clip_high bounds rho itself (arXiv 2506.13585)."""
+    phi, nowhere, _ = _unclipped(
+        -ratio.detach().clamp(max=config.clip_high) * tokens.advantages * tokens.logprobs
+    )
+    return phi, nowhere, ratio > config.clip_high
+
+
+def sapo_surrogate(ratio, tokens, config):
+    """-(4 / tau) sigmoid(tau (rho - 1)) A, a soft clip of slope 1 at rho = 1 (arXiv 2511.20347)."""
+    positive, other = config.sapo_temperatures
+    tau = torch.full_like(tokens.advantages, other).masked_fill(tokens.advantages > 0, positive)
+    return _unclipped(-torch.sigmoid(tau * (ratio - 1)) * 4 / tau * tokens.advantages)
+
+
+def vespo_surrogate(ratio, tokens, config):
+    """-sg(exp(lambda + k log R - lambda R)) A l with R the product of a row's ratios (arXiv 2602.10693).
+
+    l - l_old is clamped to 20 either way a token, log R to [log 1e-8, 20]. A sampler correction is a factor of
+    R, clamped likewise, and no weight. ``ratio`` only serves the KL term.
+    """
+    lowest = math.log(1e-8)
+    log_r = tokens.log_ratio.detach().clamp(-20, 20)
+    if tokens.correction is not None:
+        log_r = log_r + torch.where(tokens.mask, tokens.correction.log().clamp(lowest, 20), 0.0)
+    log_r = log_r.sum(dim=1, keepdim=True).clamp(lowest, 20)
+    positive = tokens.advantages >= 0
+    k, rate = (
+        torch.full_like(tokens.advantages, other).masked_fill(positive, value)
+        for value, other in zip(config.vespo_positive, config.vespo_negative, strict=True)
+    )
+    return _unclipped(-(rate + k * log_r - rate * log_r.exp()).exp() * tokens.advantages * tokens.logprobs)
+
+
+def gmpo_surrogate(ratio, tokens, config):
+    """-rho A; the clip stands inside the ratio, ``geometric_mean_ratio`` (arXiv 2507.20673)."""
+    low, high = tokens.log_ratio < -config.clip_low, tokens.log_ratio > config.clip_high
+    return -ratio * tokens.advantages, low & (tokens.advantages <= 0), high & (tokens.advantages > 0)
+
+
+def policy_gradient_surrogate(ratio, tokens, config):
+    """-A l, the score function estimator without any ratio (Williams 1992)."""
+    return _unclipped(-tokens.advantages * tokens.logprobs)
+
+
+def _dppo_surrogate(ratio, tokens, too_high, too_low, config):
+    too_high, too_low = too_high & (tokens.advantages > 0), too_low & (tokens.advantages <= 0)
+    weight = ratio.detach() if config.ratio_max is None else ratio.detach().clamp(max=config.ratio_max)
+    phi = torch.where(too_high | too_low, 0.0, -weight * tokens.advantages * tokens.logprobs)
+    return phi, too_low, too_high
+
+
+def dppo_tv_surrogate(ratio, tokens, config):
+    """-sg(min(rho, ratio_max)) A l while p - p_old <= clip_high for A > 0, >= -clip_low otherwise; else 0.
+
+    p and p_old are probabilities: |p - p_old| is the total variation of "this token or another" (arXiv 2602.04879).
+    """
+    gap = (tokens.logprobs.exp() - tokens.old_logprobs.exp()).detach()
+    return _dppo_surrogate(ratio, tokens, gap > config.clip_high, gap < -config.clip_low, config)
+
+
+def dppo_kl_surrogate(ratio, tokens, config):
+    """As ``dppo_tv_surrogate``, bounding KL(p_old || p) of "this token or another" on the side that A pushes to."""
+    new, old = tokens.logprobs.detach(), tokens.old_logprobs
+    p, p_old = new.exp(), old.exp()
+    # 1e-8 keeps the logarithm finite at p = 1.
+    kl = p_old * (old - new) + (1 - p_old) * torch.log((1 - p_old + 1e-8) / (1 - p + 1e-8))
+    too_high, too_low = (kl > config.clip_high) & (p > p_old), (kl > config.clip_low) & (p < p_old)
+    return _dppo_surrogate(ratio, tokens, too_high, too_low, config)
+
+
+def sampler_correction(tokens, config):
+    """p_old / p_sampler bounded to [sampler_min, sampler_max], (B, T) without gradient; None if not configured.
+
+    "token" takes each token's, "sequence" the product over the row; "truncate" clamps to the bounds (TIS, Yao et al.
+    2025), "mask" sets to 0 what lies outside (IcePop). Valid where the sampler's log-probs are over the full
+    vocabulary at the trainer's temperature: a nucleus renormalises them and biases the ratio.
+    """
+    if config.sampler_correction is None:
+        return None
+    level, mode = config.sampler_correction.split("-")
+    log_ratio = tokens.old_logprobs - tokens.sampler_logprobs
+    if level == "sequence":
+        log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
+    ratio, low, high = log_ratio.exp(), config.sampler_min, config.sampler_max
+    if mode == "truncate":
+        return ratio.clamp(low, high)
+    return torch.where((ratio < low) | (ratio > high), 0.0, ratio)
+
+
+def off_policy_mask(tokens, config):
+    """Keep A >= 0, and rows whose mean_t(l_sampler - l) <= off_policy_threshold (DeepSeek-V3.2, arXiv 2512.02556).
+
+    (B, T) bool; l_old stands in where no sampler log-probs are given.
+    """
+    behaviour = tokens.old_logprobs if tokens.sampler_logprobs is None else tokens.sampler_logprobs
+    drift = tokens.row_mean(behaviour - tokens.logprobs.detach())
+    return (tokens.advantages >= 0) | (drift <= config.off_policy_threshold)
+
+
+def token_weights(tokens, config, threshold=None):
     """Factors w on the policy-gradient term, (B, T), without gradient; neither the KL nor the denominator sees them.
 
-    1 everywhere: no sampler correction is applied yet.
+    ``sampler_correction`` times ``off_policy_mask`` times, with top_entropy < 1, entropy >= ``threshold``.
     """
-    return torch.ones_like(old_logprobs)
+    weights = tokens.correction
+    if weights is None or config.surrogate == "vespo":
+        weights = torch.ones_like(tokens.old_logprobs)
+    if config.off_policy_threshold is not None:
+        weights = torch.where(off_policy_mask(tokens, config), weights, 0.0)
+    if config.top_entropy < 1:
+        weights = torch.where(tokens.entropy >= threshold, weights, 0.0)
+    return weights
 
 
 def aggregate(per_token, mask, config, denominator):
-    """Sum the selected tokens over ``denominator``; for "seq-mean-token-mean", of row means. Returns a scalar."""
+    """Sum the selected tokens over ``denominator``, a scalar or one a row; "seq-mean-token-mean": sum row means."""
     per_token = torch.where(mask, per_token, 0.0)
     if config.aggregate == "seq-mean-token-mean":
         per_token = per_token / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    if isinstance(denominator, torch.Tensor) and denominator.ndim:
+        return (per_token.sum(dim=1) / denominator).sum()
     return per_token.sum() / denominator
 
 
-def kl_penalty(logprobs, ref_logprobs, estimator):
+def kl_penalty(logprobs, ref_logprobs, estimator, *, gradient="plain", ratio=None):
     """Per-token estimate of KL(policy || reference) from tokens that the policy sampled, differentiable.
 
     With d = l - l_ref: "k1" d, unbiased, any sign; "k2" d^2 / 2, biased, small variance; "k3" exp(-d) + d - 1,
     unbiased and never negative (Schulman, http://joschu.net/blog/kl-approx.html). Two tensors of one shape -> that
-    shape. The gradient of an estimate need not be the gradient of what it estimates: see ``LossConfig.kl_gradient``.
+    shape. ``gradient`` chooses what backward sees (``LossConfig.kl_gradient``): "plain" the estimate's own,
+    "corrected" that of ``ratio`` times the estimate, "straight-through" that of k2 under the estimate's value.
     """
     _check_choice("estimator", estimator, KL_ESTIMATORS)
+    _check_choice("gradient", gradient, CHOICES["kl_gradient"])
     _check(
         logprobs.shape == ref_logprobs.shape,
         f"ref_logprobs: got shape {tuple(ref_logprobs.shape)}, expected {tuple(logprobs.shape)} as logprobs",
     )
-    return KL_ESTIMATORS[estimator](logprobs - ref_logprobs)
+    _check(gradient != "corrected" or ratio is not None, "ratio: got None, 'corrected' multiplies by it")
+    difference = logprobs - ref_logprobs
+    return _kl_term(KL_ESTIMATORS[estimator](difference), difference, gradient, ratio)
 
 
-RATIOS = {"token": token_ratio, "sequence": sequence_ratio}
-SURROGATES = {"clip": clip_surrogate}
+def _kl_term(estimate, difference, gradient, ratio):
+    if gradient == "corrected":
+        return ratio * estimate
+    if gradient == "straight-through":
+        k2 = KL_ESTIMATORS["k2"](difference)
+        return k2 + (estimate - k2).detach()
+    return estimate
+
+
+def kl_reward_penalty(logprobs, ref_logprobs, mask, config):
+    """kl_coef KL for ``kl_place`` "reward": (B, T) without gradient, 0 where masked, to be subtracted from rewards.
+
+    ``.sum(dim=1)`` is the penalty of a completion's reward (RLOO), as it stands that of token rewards (PPO). With
+    k1 and log-probs of the policy that sampled, the score function then descends the reverse KL.
+    """
+    new, ref = (torch.where(mask, values.detach(), 0.0) for values in (logprobs, ref_logprobs))
+    return config.kl_coef * torch.where(mask, kl_penalty(new, ref, config.kl_estimator), 0.0)
+
+
+# name: (function, how ``formula`` writes it, from the fields: a surrogate's phi, then what stands in it)
+RATIOS = {
+    "token": (token_ratio, "exp(l - l_old)"),
+    "sequence": (sequence_ratio, "exp(mean_t(l - l_old))"),
+    "sequence-token": (sequence_token_ratio, "sg(exp(mean_t(l - l_old))) exp(l - sg(l))"),
+    "sequence-sum": (sequence_sum_ratio, "exp(sum_t(l - l_old))"),
+    "geometric-mean": (
+        geometric_mean_ratio,
+        "exp(mean_t(min(l - l_old, {clip_high:g}) if A > 0 else max(l - l_old, -{clip_low:g})))",
+    ),
+}
+SURROGATES = {
+    "clip": (clip_surrogate, "-min({bounded} A, clip(rho, {low:g}, {high:g}) A)"),
+    "cispo": (cispo_surrogate, "-sg(min(rho, {clip_high:g})) A l"),
+    "sapo": (
+        sapo_surrogate,
+        "-(4 / tau) sigmoid(tau (rho - 1)) A; tau = {sapo_temperatures[0]:g} if A > 0 else {sapo_temperatures[1]:g}",
+    ),
+    "vespo": (
+        vespo_surrogate,
+        "-sg(exp(lambda + k log R - lambda R)) A l; R = exp(sum_t(l - l_old)); "
+        "(k, lambda) = {vespo_positive} if A >= 0 else {vespo_negative}",
+    ),
+    "gmpo": (gmpo_surrogate, "-rho A"),
+    "policy-gradient": (policy_gradient_surrogate, "-A l"),
+    "dppo-tv": (
+        dppo_tv_surrogate,
+        "-sg({bounded}) A l [p - p_old <= {clip_high:g} if A > 0 else p - p_old >= -{clip_low:g}]",
+    ),
+    "dppo-kl": (
+        dppo_kl_surrogate,
+        "-sg({bounded}) A l [p <= p_old or KL <= {clip_high:g} if A > 0 else p >= p_old or KL <= {clip_low:g}]; "
+        "KL = KL(p_old || p) of this token or another",
+    ),
+}
 KL_ESTIMATORS = {
     "k1": lambda d: d,
     "k2": lambda d: d.square() / 2,
@@ -102,14 +315,24 @@ AGGREGATES = {
     "seq-mean-token-mean": "1/N sum_i 1/|o_i| sum_t",
     "seq-mean-token-sum-norm": "1/(N L) sum_it",
     "seq-mean-token-sum": "1/N sum_it",
+    "prompt-mean": "1/P sum_p 1/sum_(i in p)|o_i| sum_(i in p)t",
 }
 CHOICES = {
     "ratio_level": RATIOS,
     "surrogate": SURROGATES,
+    "sampler_correction": ("token-truncate", "token-mask", "sequence-truncate", "sequence-mask"),
     "kl_estimator": KL_ESTIMATORS,
-    "kl_gradient": ("corrected", "plain"),
+    "kl_gradient": ("corrected", "plain", "straight-through"),
+    "kl_place": ("loss", "reward"),
     "aggregate": AGGREGATES,
     "denominator_scope": ("batch", "micro-batch"),
+}
+# Presets that are what they are by their ratio level.
+PRESET_LEVELS = {
+    "gspo": "sequence",
+    "gspo_token": "sequence-token",
+    "gmpo": "geometric-mean",
+    "rloo": "sequence-sum",
 }
 
 
@@ -117,27 +340,35 @@ CHOICES = {
 class LossConfig:
     """One policy loss; ``formula`` writes it out. Raises ValueError for a field out of its range.
 
-    ratio_level: "token" or "sequence".
-    surrogate: "clip".
-    clip_low, clip_high: the ratio keeps its gradient in [1 - clip_low, 1 + clip_high].
-    dual_clip: upper bound on the ratio where the advantage is negative, > 1 + clip_high; None is no bound.
+    ratio_level: a key of ``RATIOS``; "geometric-mean" goes with the surrogate "gmpo" alone.
+    surrogate: a key of ``SURROGATES``; "dppo-tv" and "dppo-kl" go with ratio_level "token" alone.
+    clip_low, clip_high: where the surrogate's bound acts. "clip": rho in [1 - clip_low, 1 + clip_high]; "cispo": rho
+        below clip_high, which must be >= 1; "gmpo": log rho in [-clip_low, clip_high]; "dppo-*": the distance.
+    dual_clip: "clip" only: upper bound on rho where the advantage is negative, > 1 + clip_high; None is no bound.
+    ratio_max: "dppo-*" only: rho is truncated there; None is no bound.
+    sapo_temperatures: tau for A > 0 and otherwise.
+    vespo_positive, vespo_negative: (k, lambda) for A >= 0 and otherwise.
+    sampler_correction: None or one of ``CHOICES``, with sampler_min <= sampler_max as bounds of the ratio
+        p_old / p_sampler; "vespo" takes the token ones alone.
+    off_policy_threshold: in nats a token, for ``off_policy_mask``; None keeps every row.
+    top_entropy: share of the tokens, those of highest entropy, that keep their policy gradient (arXiv 2506.01939).
+        The rest still count in the denominator.
     kl_coef: weight of the KL term, which needs ref_logprobs; 0 is no term.
     kl_estimator: "k1", "k2" or "k3" (``kl_penalty``).
     kl_gradient: what the KL term descends, in expectation over the rollout policy's tokens.
         "corrected" multiplies by the differentiable rho (DeepSeek-V3.2, arXiv 2512.02556). With token ratios that is
         the gradient of E_policy[estimator]: the reverse KL(policy || reference) for k1 and k3, also off-policy.
+        With "geometric-mean", whose rho is clipped, it is the token ratio.
         "plain" has no rho. At rho = 1 it descends: k1 nothing (zero in expectation), k2 the reverse KL,
         k3 the forward KL(reference || policy), which is what DeepSeekMath's objective does.
-    aggregate: over tokens and rows, with N rows (fully masked rows count) and L = max_completion_length:
-        "token-mean"               sum of all tokens / number of tokens
-        "seq-mean-token-mean"      mean over rows of the row's token mean
-        "seq-mean-token-sum-norm"  sum of all tokens / (N L)
-        "seq-mean-token-sum"       sum of all tokens / N
+        "straight-through" has k2's gradient under the estimator's value: the reverse KL at rho = 1.
+    kl_place: "loss", or "reward": the loss has no KL term then; subtract ``kl_reward_penalty`` from the rewards.
+    aggregate: a key of ``AGGREGATES``, with N rows (masked ones too), P prompts, L = max_completion_length.
     denominator_scope: the rows that a trainer's denominator counts when it splits a batch into M micro-batches.
         "batch": ``loss_denominator(mask of the whole batch)``; the M losses sum to the batch's loss exactly.
         "micro-batch": ``M * loss_denominator(mask of the micro-batch)``; the result depends on the split.
     max_completion_length: L in tokens, a constant of the run; the padded width of a batch would be none.
-    name, paper: labels, not read by the loss.
+    name, paper, estimator: labels, not read by the loss; ``estimator`` is the advantage that the paper pairs it with.
     """
 
     ratio_level: str = "token"
@@ -145,69 +376,148 @@ class LossConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
+    ratio_max: float | None = None
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05)
+    vespo_positive: tuple[float, float] = (2.0, 3.0)
+    vespo_negative: tuple[float, float] = (3.0, 2.0)
+    sampler_correction: str | None = None
+    sampler_min: float = 0.0
+    sampler_max: float = 3.0
+    off_policy_threshold: float | None = None
+    top_entropy: float = 1.0
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     kl_gradient: str = "corrected"
+    kl_place: str = "loss"
     aggregate: str = "token-mean"
     denominator_scope: str = "batch"
     max_completion_length: int | None = None
     name: str = "custom"
     paper: str = ""
+    estimator: str = "grpo"
 
     def __post_init__(self):
         for field, options in CHOICES.items():
-            _check_choice(field, getattr(self, field), options)
-        for field in ("clip_low", "clip_high", "kl_coef"):
+            if (field, getattr(self, field)) != ("sampler_correction", None):
+                _check_choice(field, getattr(self, field), options)
+        for field in ("clip_low", "clip_high", "sampler_min", "sampler_max", "top_entropy", "kl_coef"):
             got = getattr(self, field)
             _check(isinstance(got, (int, float)), f"{field}: got {got!r}, expected a number")
-        low, high, dual, length = self.clip_low, self.clip_high, self.dual_clip, self.max_completion_length
-        _check(0 <= low <= 1, f"clip_low: got {low}, expected a number in [0, 1]")
-        _check(high >= 0, f"clip_high: got {high}, expected a number >= 0")
-        _check(dual is None or dual > 1 + high, f"dual_clip: got {dual}, expected None or > {1 + high}")
-        _check(0 <= self.kl_coef < math.inf, f"kl_coef: got {self.kl_coef}, expected a finite number >= 0")
-        _check(
-            length is None or (type(length) is int and length > 0),
-            f"max_completion_length: got {length!r}, expected None or an int >= 1",
-        )
+        for field, expected, holds in self._rules():
+            _check(holds, f"{field}: got {getattr(self, field)!r}, expected {expected}")
+
+    def _rules(self):
+        """(field, what is expected of it, whether that holds)"""
+        high, dual, length = self.clip_high, self.dual_clip, self.max_completion_length
+        drift, surrogate, level = self.off_policy_threshold, self.surrogate, self.ratio_level
+        yield "clip_low", "a number in [0, 1]", 0 <= self.clip_low <= 1
+        yield "clip_high", "a number >= 0", high >= 0
+        yield "clip_high", "a bound >= 1 on the ratio itself for 'cispo'", surrogate != "cispo" or high >= 1
+        yield "dual_clip", f"None or > {1 + high:g}", dual is None or dual > 1 + high or surrogate != "clip"
+        yield "ratio_max", "None or >= 1", self.ratio_max is None or self.ratio_max >= 1
+        for field in ("sapo_temperatures", "vespo_positive", "vespo_negative"):
+            pair = getattr(self, field)
+            yield field, "two numbers > 0", len(pair) == 2 and all(0 < value < math.inf for value in pair)
+        yield "sampler_min", "a number in [0, 1]", 0 <= self.sampler_min <= 1
+        yield "sampler_max", "a number >= 1", self.sampler_max >= 1
+        token_wise = str(self.sampler_correction).startswith(("None", "token"))
+        yield "sampler_correction", "one by token for 'vespo'", surrogate != "vespo" or token_wise
+        yield "off_policy_threshold", "None or >= 0", drift is None or drift >= 0
+        yield "top_entropy", "a number in (0, 1]", 0 < self.top_entropy <= 1
+        yield "kl_coef", "a finite number >= 0", 0 <= self.kl_coef < math.inf
+        valid = length is None or (type(length) is int and length > 0)
+        yield "max_completion_length", "None or an int >= 1", valid
+        yield "ratio_level", f"'token' for {surrogate!r}", "dppo" not in surrogate or level == "token"
+        paired = (surrogate == "gmpo") == (level == "geometric-mean")
+        yield "ratio_level", "'geometric-mean' for the surrogate 'gmpo' and for no other", paired
 
     @property
     def formula(self):
         """The loss as one line of mathematics, written from the fields."""
-        move = "l - l_old" if self.ratio_level == "token" else "mean_t(l - l_old)"
-        bounded = "rho" if self.dual_clip is None else f"min(rho, {self.dual_clip:g})"
-        clipped = f"clip(rho, {1 - self.clip_low:g}, {1 + self.clip_high:g})"
-        correction = "rho " if self.kl_gradient == "corrected" else ""
-        kl = f" + {self.kl_coef:g} {correction}{self.kl_estimator}(l, l_ref)" if self.kl_coef else ""
-        return f"{AGGREGATES[self.aggregate]} [-min({bounded} A, {clipped} A){kl}], rho = exp({move})"
+        rho = "exp(l - l_old)" if self.ratio_level == "geometric-mean" else "rho"
+        before = {"corrected": f"{rho} ", "plain": "", "straight-through": "k2-gradient "}[self.kl_gradient]
+        in_loss = self.kl_coef and self.kl_place == "loss"
+        kl = f" + {self.kl_coef:g} {before}{self.kl_estimator}(l, l_ref)" if in_loss else ""
+        bound = self.dual_clip if self.surrogate == "clip" else self.ratio_max
+        words = vars(self) | {"low": 1 - self.clip_low, "high": 1 + self.clip_high}
+        words["bounded"] = "rho" if bound is None else f"min(rho, {bound:g})"
+        phi, *where = SURROGATES[self.surrogate][1].format(**words).split("; ")
+        if "rho" in phi + kl:
+            where.append("rho = " + RATIOS[self.ratio_level][1].format(**words))
+        weighted = self.sampler_correction or self.off_policy_threshold is not None or self.top_entropy < 1
+        return ", ".join([f"{AGGREGATES[self.aggregate]} [{'w ' if weighted else ''}{phi}{kl}]", *where])
+
+    @property
+    def warnings(self):
+        """What is legal and probably not meant: a tuple of "name: explanation", repeated in ``LossOutput``."""
+        found, kl_in_loss = [], self.kl_coef > 0 and self.kl_place == "loss"
+        if kl_in_loss and self.kl_estimator == "k1" and self.kl_gradient == "plain":
+            found.append("k1-in-loss: the gradient of k1 without rho is 0 in expectation; it only adds noise")
+        if self.kl_coef > 0 and self.kl_place == "reward":
+            found.append("kl-in-reward: no KL term in this loss; subtract kl_reward_penalty from the rewards")
+        if self.name == "luspo" and self.ratio_level != "sequence":
+            found.append("luspo-level: LUSPO is defined on sequence ratios")
+        if self.dual_clip is not None and self.surrogate != "clip":
+            found.append(f"dual-clip-unused: the surrogate {self.surrogate!r} does not read it")
+        return tuple(found)
 
 
 # kl_coef is 0 in every preset, so that none needs a reference policy unasked; DeepSeekMath used 0.04 with "plain".
+_ROW_MEAN = {"aggregate": "seq-mean-token-mean"}
+_GSPO = {"paper": "arXiv 2507.18071", "clip_low": 3e-4, "clip_high": 4e-4, **_ROW_MEAN}
+_GMPO = {"surrogate": "gmpo", "ratio_level": "geometric-mean", "clip_low": 0.4, "clip_high": 0.4, **_ROW_MEAN}
+_RLOO = {"ratio_level": "sequence-sum", "estimator": "rloo", **_ROW_MEAN}
+_K1_IN_REWARD = {"kl_estimator": "k1", "kl_gradient": "plain", "kl_place": "reward"}
+_K2_IN_LOSS = {"kl_estimator": "k2", "kl_gradient": "plain"}
 PRESETS = {
-    config.name: config
-    for config in (
-        LossConfig(name="grpo", paper="arXiv 2402.03300 (DeepSeekMath)", aggregate="seq-mean-token-mean"),
-        LossConfig(name="dr_grpo", paper="arXiv 2503.20783", aggregate="seq-mean-token-sum-norm"),
-        # The paper normalises by the tokens of a group; like other trainers, this by those of the whole batch.
-        LossConfig(name="dapo", paper="arXiv 2503.14476", aggregate="token-mean", clip_high=0.28),
+    name: LossConfig(name=name, **values)
+    for name, values in {
+        "grpo": {"paper": "arXiv 2402.03300 (DeepSeekMath)", **_ROW_MEAN},
         # Differs from dapo in whose tokens the denominator counts; shares only its name with arXiv 2506.02864.
-        LossConfig(
-            name="bnpo",
-            paper="TRL, loss_type='bnpo'",
-            aggregate="token-mean",
-            denominator_scope="micro-batch",
-        ),
-    )
+        "bnpo": {"paper": "TRL, loss_type='bnpo'", "denominator_scope": "micro-batch"},
+        "dr_grpo": {
+            "paper": "arXiv 2503.20783",
+            "aggregate": "seq-mean-token-sum-norm",
+            "estimator": "dr_grpo",
+        },
+        # The paper's mean over a group's tokens is aggregate="prompt-mean"; like other trainers, this is the batch's.
+        "dapo": {"paper": "arXiv 2503.14476", "clip_high": 0.28},
+        "gspo": {"ratio_level": "sequence", **_GSPO},
+        "gspo_token": {"ratio_level": "sequence-token", **_GSPO},
+        # The bound is that of ScaleRL, arXiv 2510.13786.
+        "cispo": {"paper": "arXiv 2506.13585 (MiniMax-M1)", "surrogate": "cispo", "clip_high": 5.0},
+        "sapo": {"paper": "arXiv 2511.20347", "surrogate": "sapo", **_ROW_MEAN},
+        "luspo": {"paper": "arXiv 2602.05261", "ratio_level": "sequence", "aggregate": "seq-mean-token-sum"},
+        "vespo": {"paper": "arXiv 2602.10693", "surrogate": "vespo"},
+        "gmpo": {"paper": "arXiv 2507.20673", **_GMPO},
+        "rloo": {"paper": "arXiv 2402.14740", **_RLOO, **_K1_IN_REWARD},
+        "reinforce": {"paper": "Williams 1992", "surrogate": "policy-gradient", "estimator": "dr_grpo"},
+        "reinforce_pp": {"paper": "arXiv 2501.03262", "estimator": "reinforce_pp", **_K1_IN_REWARD},
+        "reinforce_pp_baseline": {
+            "paper": "arXiv 2501.03262",
+            "estimator": "reinforce_pp_baseline",
+            **_K2_IN_LOSS,
+        },
+        "ppo": {"paper": "arXiv 1707.06347", "estimator": "gae", **_K1_IN_REWARD},
+        "dppo": {"paper": "arXiv 2602.04879", "surrogate": "dppo-tv", "ratio_max": 20.0},
+    }.items()
 }
 
 
 def preset(name, /, **overrides):
     """The ``LossConfig`` called ``name`` in ``PRESETS``, with some fields replaced.
 
-    Raises ValueError for an unknown name or field, with the nearest one there is.
+    Raises ValueError for an unknown name or field, with the nearest one there is, and for a ratio_level that makes
+    the preset another one (``PRESET_LEVELS``).
     """
     _check_choice("preset", name, PRESETS)
     for field in overrides:
         _check_choice("LossConfig field", field, [known.name for known in fields(LossConfig)])
+    level = overrides.get("ratio_level")
+    _check(
+        level is None or level not in RATIOS or level == PRESET_LEVELS.get(name, level),
+        f"ratio_level: got {level!r}, but {PRESET_LEVELS.get(name)!r} is what makes {name!r}: use LossConfig",
+    )
     return replace(PRESETS[name], **overrides)
 
 
@@ -219,10 +529,14 @@ class LossOutput:
     surrogate: (B, T) phi, before the weights. weights: (B, T) w.
     kl: (B, T) the KL term as it enters the loss, before kl_coef; None without ref_logprobs.
     ratio: (B, T) rho.
-    clipped_low, clipped_high: (B, T) bool, where clipping cut the gradient: A < 0 below, A > 0 above the range.
-    metrics: scalar tensors on the device, over the selected tokens: surrogate, ratio_mean, ratio_max,
+    clipped_low, clipped_high: (B, T) bool, where the surrogate's bound acted ("clip": A < 0 below, A > 0 above).
+    metrics: scalar tensors on the device, over the selected tokens: surrogate, ratio_mean, ratio_max, ratio_p01,
+        ratio_p50, ratio_p99, ess (effective share of the tokens: (sum rho)^2 / (n sum rho^2)), weight_mean,
         clip_low_fraction, clip_high_fraction, new_old_mean and new_old_max (|l - l_old|, 0 on a first on-policy
-        step), and where given: kl, entropy, old_sampler_mean and old_sampler_max (|l_old - l_sampler|).
+        step), zero_advantage_share (of the rows with a token), and where given: kl, kl_k1 and kl_k3 (estimates of
+        KL(policy || reference) without rho), entropy, old_sampler_mean and old_sampler_max (|l_old - l_sampler|),
+        new_sampler_mean and new_sampler_max (|l - l_sampler|).
+    warnings: ``config.warnings``.
     """
 
     loss: torch.Tensor
@@ -233,47 +547,108 @@ class LossOutput:
     clipped_low: torch.Tensor
     clipped_high: torch.Tensor
     metrics: dict[str, torch.Tensor]
+    warnings: tuple[str, ...] = ()
 
 
-def loss_denominator(mask, config):
-    """The number that ``config.aggregate`` divides by, for the rows of ``mask`` (B, T) bool; int64 scalar, >= 1.
+def loss_denominator(mask, config, group_ids=None):
+    """What ``config.aggregate`` divides by, for the rows of ``mask`` (B, T) bool; int64, >= 1, without a host sync.
 
-    Tokens ("token-mean"), rows ("seq-mean-token-mean", "seq-mean-token-sum") or rows times max_completion_length
-    ("seq-mean-token-sum-norm", ValueError where that is None). A fully masked row counts as a row, as in TRL.
-    Stays on the device of the mask: no host synchronisation.
+    A scalar: tokens ("token-mean"), rows ("seq-mean-token-mean", "seq-mean-token-sum") or rows times
+    max_completion_length ("seq-mean-token-sum-norm", ValueError where that is None). "prompt-mean": (B,), the number
+    of prompts times the tokens of the row's prompt, with ``group_ids`` (B,) int64 naming the prompts; a micro-batch
+    takes its rows of it. Over ranks the scalars add up; for "prompt-mean" gather mask and group_ids first.
     """
-    _check(
-        mask.ndim == 2 and mask.dtype == torch.bool,
-        f"mask: got {mask.dtype} of shape {tuple(mask.shape)}, expected torch.bool (B, T)",
-    )
+    got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+    _check(mask.ndim == 2 and mask.dtype == torch.bool, f"mask: got {got}, expected torch.bool (B, T)")
     if config.aggregate == "token-mean":
         return mask.sum().clamp(min=1)
     count = max(mask.shape[0], 1)
+    if config.aggregate == "prompt-mean":
+        got = None if group_ids is None else (group_ids.dtype, tuple(group_ids.shape))
+        expected = (torch.int64, (mask.shape[0],))
+        _check(got == expected, f"group_ids: got {got}, expected {expected}, naming each row's prompt")
+        same = group_ids[:, None] == group_ids
+        prompts = (same.tril(-1).sum(dim=1) == 0).sum()
+        return (prompts * (same * mask.sum(dim=1)).sum(dim=1)).clamp(min=1)
     if config.aggregate == "seq-mean-token-sum-norm":
+        length = config.max_completion_length
         _check(
-            config.max_completion_length is not None,
-            "max_completion_length: got None, expected an int: it is the denominator of 'seq-mean-token-sum-norm'",
+            length is not None, f"max_completion_length: got None, expected an int for {config.aggregate!r}"
         )
-        count *= config.max_completion_length
+        count *= length
     return torch.full((), count, dtype=torch.int64, device=mask.device)
 
 
-def _check_inputs(logprobs, advantages, mask, required, optional, denominator):
+def _quantiles(values, mask, shares):
+    """Linearly interpolated quantiles of the selected values, (Q,); 0 where nothing is selected. No host sync."""
+    if mask.numel() == 0:
+        return torch.zeros_like(shares)
+    ordered = torch.where(mask, values, math.inf).flatten().sort().values
+    last = (mask.sum() - 1).clamp(min=0)
+    position = shares * last
+    below = position.floor().long()
+    above = torch.minimum(below + 1, last)
+    found = torch.lerp(ordered[below], ordered[above], position - below)
+    return torch.where(mask.any(), found, 0.0)
+
+
+def entropy_quantile(entropy, mask, config):
+    """The entropy above which a token is among the ``config.top_entropy`` share, scalar, for a whole batch.
+
+    entropy (B, T) floating, mask (B, T) bool. All micro-batches and ranks must share one threshold.
+    """
+    got = tuple(entropy.shape)
+    _check(got == tuple(mask.shape), f"entropy: got shape {got}, expected {tuple(mask.shape)} as mask")
+    entropy = entropy.detach().to(torch.promote_types(entropy.dtype, torch.float32))
+    return _quantiles(entropy, mask, entropy.new_full((1,), 1 - config.top_entropy))[0]
+
+
+def _metrics(terms, selected, advantages, mask):
+    """``LossOutput.metrics`` from the names ``terms`` and values ``selected`` (K, B, T), two reductions for all."""
+    means = selected.sum(dim=(1, 2)) / mask.sum().clamp(min=1)
+    peaks = selected.amax(dim=(1, 2)) if mask.numel() else means
+    mean, peak = (dict(zip(terms, values.unbind(), strict=True)) for values in (means, peaks))
+    has_token = mask.any(dim=1)
+    silent = has_token & (advantages == 0).all(dim=1)
+    shares = torch.linspace(0.01, 0.99, 3, dtype=selected.dtype, device=mask.device)
+    metrics = {
+        "surrogate": mean["surrogate"],
+        "weight_mean": mean["weight"],
+        "ratio_mean": mean["ratio"],
+        "ratio_max": peak["ratio"],
+        "ess": mean["ratio"].square() / mean["ratio_square"].clamp(min=torch.finfo(selected.dtype).tiny),
+        "clip_low_fraction": mean["clip_low"],
+        "clip_high_fraction": mean["clip_high"],
+        "zero_advantage_share": silent.sum() / has_token.sum().clamp(min=1),
+    }
+    names = ("ratio_p01", "ratio_p50", "ratio_p99")
+    metrics |= zip(names, _quantiles(selected[2], mask, shares).unbind(), strict=True)
+    for name in ("new_old", "old_sampler", "new_sampler"):
+        if name in mean:
+            metrics |= {f"{name}_mean": mean[name], f"{name}_max": peak[name]}
+    return metrics | {name: mean[name] for name in ("kl", "kl_k1", "kl_k3", "entropy") if name in mean}
+
+
+def _check_inputs(logprobs, advantages, mask, inputs, required, denominator, per_row):
     shape = tuple(logprobs.shape)
     _check(
         logprobs.ndim == 2 and logprobs.is_floating_point(),
         f"logprobs: got {logprobs.dtype} of shape {shape}, expected a floating dtype (B, T)",
     )
     _check(mask.dtype == torch.bool, f"mask: got {mask.dtype}, expected torch.bool")
-    given = {name: value for name, value in optional.items() if value is not None}
-    for name, value in {"mask": mask, **required, **given}.items():
+    for name, value in {"mask": mask, **inputs}.items():
         got = None if value is None else tuple(value.shape)
-        _check(got == shape, f"{name}: got shape {got}, expected {shape} as logprobs")
+        _check(
+            got == shape or (got is None and name not in required),
+            f"{name}: got shape {got}, expected {shape} as logprobs",
+        )
     got = tuple(advantages.shape)
     _check(got in (shape[:1], shape), f"advantages: got shape {got}, expected {shape[:1]} or {shape}")
     if isinstance(denominator, torch.Tensor):
         got = tuple(denominator.shape)
-        _check(denominator.numel() == 1, f"denominator: got shape {got}, expected a scalar")
+        if per_row:
+            _check(got == shape[:1], f"denominator: got shape {got}, expected {shape[:1]}, one a row")
+        _check(per_row or denominator.numel() == 1, f"denominator: got shape {got}, expected a scalar")
     elif denominator is not None:
         _check(0 < denominator < math.inf, f"denominator: got {denominator}, expected a finite number > 0")
 
@@ -289,6 +664,8 @@ def policy_loss(
     sampler_logprobs=None,
     entropy=None,
     denominator=None,
+    entropy_threshold=None,
+    group_ids=None,
 ):
     """The loss of ``config`` (its ``formula``) on one batch or micro-batch.
 
@@ -298,79 +675,85 @@ def policy_loss(
         advantages: (B,) one a completion, or (B, T) one a token.
         mask: (B, T) bool; True for the tokens that count. What stands elsewhere is never read.
         config: ``LossConfig``.
-        ref_logprobs: (B, T); the reference policy's. Needed for kl_coef > 0, else only measured.
-        sampler_logprobs: (B, T); those the sampler recorded. Only measured against old_logprobs: the loss makes no
-            importance correction for a sampler that differs from the trainer.
-        entropy: (B, T); of the policy's next-token distribution. Only measured.
-        denominator: number or scalar tensor > 0 instead of ``loss_denominator(mask, config)``. With that of the
-            whole batch, the losses of its micro-batches sum to the batch's loss, and so do their gradients.
+        ref_logprobs: (B, T); the reference policy's. Needed for kl_coef > 0 in the loss, else only measured.
+        sampler_logprobs: (B, T); those the sampler recorded. Needed for ``sampler_correction``, read by
+            ``off_policy_threshold``, else only measured.
+        entropy: (B, T); of the policy's next-token distribution. Needed for top_entropy < 1, else only measured.
+        denominator: number or scalar tensor > 0, or (B,) for "prompt-mean"; default loss_denominator(mask, config).
+            With that of the whole batch, losses and gradients of its micro-batches sum to the batch's.
+        entropy_threshold: scalar tensor instead of ``entropy_quantile(entropy, mask, config)``, of the whole batch.
+            Where top_entropy < 1 it must come with ``denominator``.
+        group_ids: (B,) int64; the prompt of each row, for "prompt-mean" without a denominator.
 
     Returns ``LossOutput``. Nothing waits for the device. A batch without a selected token has loss 0, gradient 0.
-    Raises ValueError for a wrong shape or dtype and for a missing ref_logprobs or max_completion_length.
+    Raises ValueError for a wrong shape or dtype and for a missing ref_logprobs, sampler_logprobs, entropy, threshold,
+    group_ids or max_completion_length.
     """
-    required, optional = (
-        {"old_logprobs": old_logprobs},
-        {"sampler_logprobs": sampler_logprobs, "entropy": entropy},
-    )
-    (required if config.kl_coef else optional)["ref_logprobs"] = ref_logprobs
-    _check_inputs(logprobs, advantages, mask, required, optional, denominator)
+    kl_in_loss = config.kl_coef > 0 and config.kl_place == "loss"
+    inputs = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
+    inputs |= {"sampler_logprobs": sampler_logprobs, "entropy": entropy}
+    needed = (True, kl_in_loss, config.sampler_correction is not None, config.top_entropy < 1)
+    required, per_row = [*itertools.compress(inputs, needed)], config.aggregate == "prompt-mean"
+    _check_inputs(logprobs, advantages, mask, inputs, required, denominator, per_row)
+    if config.top_entropy < 1 and entropy_threshold is None:
+        _check(
+            denominator is None,
+            "entropy_threshold: got None beside a denominator, expected entropy_quantile of the same rows",
+        )
+        entropy_threshold = entropy_quantile(entropy, mask, config)
     if denominator is None:
-        denominator = loss_denominator(mask, config)
+        denominator = loss_denominator(mask, config, group_ids)
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     if isinstance(denominator, torch.Tensor):
-        denominator = denominator.reshape(()).to(dtype)
+        denominator = (denominator if per_row else denominator.reshape(())).to(dtype)
 
     def select(values):
-        return torch.where(mask, values.to(dtype), 0.0)
+        return None if values is None else torch.where(mask, values.detach().to(dtype), 0.0)
 
-    def mean(values):
-        return select(values).sum() / mask.sum().clamp(min=1)
+    new, old, ref = torch.where(mask, logprobs.to(dtype), 0.0), select(old_logprobs), select(ref_logprobs)
+    advantages = select(advantages if advantages.ndim == 2 else advantages[:, None])
+    tokens = Tokens(new, old, new - old, advantages, mask, select(sampler_logprobs), None, select(entropy))
+    tokens = tokens._replace(correction=sampler_correction(tokens, config))
 
-    def largest(values):
-        # The zero in front keeps the maximum of an empty batch defined.
-        return torch.nn.functional.pad(values.flatten(), (1, 0)).amax()
-
-    new, old = select(logprobs), select(old_logprobs.detach())
-    advantages = advantages.detach()
-    advantages = select(advantages if advantages.ndim == 2 else advantages[:, None].expand_as(mask))
-    sampler = None if sampler_logprobs is None else select(sampler_logprobs.detach())
-
-    ratio = RATIOS[config.ratio_level](new - old, mask)
-    surrogate, clipped_low, clipped_high = SURROGATES[config.surrogate](ratio, advantages, new, config)
-    weights = token_weights(old, sampler, mask, config)
+    ratio = RATIOS[config.ratio_level][0](tokens, config)
+    surrogate, clipped_low, clipped_high = SURROGATES[config.surrogate][0](ratio, tokens, config)
+    weights = token_weights(tokens, config, entropy_threshold)
     per_token, kl = weights * surrogate, None
-    if ref_logprobs is not None:
-        kl = kl_penalty(new, select(ref_logprobs.detach()), config.kl_estimator)
-        kl = ratio * kl if config.kl_gradient == "corrected" else kl
-    if config.kl_coef:
+    if ref is not None:
+        with torch.set_grad_enabled(kl_in_loss and torch.is_grad_enabled()):
+            estimates = {name: KL_ESTIMATORS[name](new - ref) for name in {"k1", "k3", config.kl_estimator}}
+            rho = token_ratio(tokens, config) if config.ratio_level == "geometric-mean" else ratio
+            kl = _kl_term(estimates[config.kl_estimator], new - ref, config.kl_gradient, rho)
+    if kl_in_loss:
         per_token = per_token + config.kl_coef * kl
     loss = aggregate(per_token, mask, config, denominator)
 
     with torch.no_grad():
-        gap = (new - old).abs()
-        metrics = {
-            "surrogate": mean(surrogate),
-            "ratio_mean": mean(ratio),
-            "ratio_max": largest(select(ratio)),
-            "clip_low_fraction": mean(clipped_low),
-            "clip_high_fraction": mean(clipped_high),
-            "new_old_mean": mean(gap),
-            "new_old_max": largest(gap),
+        terms = {
+            "surrogate": surrogate,
+            "weight": weights,
+            "ratio": ratio,
+            "ratio_square": ratio.square(),
+            "clip_low": clipped_low.to(dtype),
+            "clip_high": clipped_high.to(dtype),
+            "new_old": tokens.log_ratio.abs(),
         }
         if kl is not None:
-            metrics["kl"] = mean(kl)
+            terms |= {"kl": kl, "kl_k1": estimates["k1"], "kl_k3": estimates["k3"]}
         if entropy is not None:
-            metrics["entropy"] = mean(entropy)
-        if sampler is not None:
-            metrics["old_sampler_mean"] = mean((old - sampler).abs())
-            metrics["old_sampler_max"] = largest((old - sampler).abs())
+            terms["entropy"] = tokens.entropy
+        if sampler_logprobs is not None:
+            terms["old_sampler"] = (old - tokens.sampler_logprobs).abs()
+            terms["new_sampler"] = (new - tokens.sampler_logprobs).abs()
+        selected = torch.where(mask, torch.stack(list(terms.values())), 0.0)
         return LossOutput(
             loss=loss,
-            surrogate=select(surrogate),
-            weights=select(weights),
-            kl=None if kl is None else select(kl),
-            ratio=select(ratio),
+            surrogate=selected[0],
+            weights=selected[1],
+            ratio=selected[2],
+            kl=None if kl is None else selected[list(terms).index("kl")],
             clipped_low=clipped_low & mask,
             clipped_high=clipped_high & mask,
-            metrics=metrics,
+            metrics=_metrics(terms, selected, advantages, mask),
+            warnings=config.warnings,
         )

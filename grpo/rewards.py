@@ -1,6 +1,8 @@
 """Reward functions: plain callables from a completion and its example to a number, and their checked weighted sum."""
 
+import asyncio
 import difflib
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -29,22 +31,45 @@ class RewardError(ValueError):
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """A reward function with its weight in the sum."""
+    """A reward function, plain or async, with its weight in the sum."""
 
     function: Callable
     weight: float
 
+    @property
+    def name(self):
+        return getattr(self.function, "__name__", repr(self.function))
+
     def __call__(self, completion, example):
-        name = getattr(self.function, "__name__", repr(self.function))
+        """The function's own value for ``completion``, or None where it says that it does not apply."""
+        name = self.name
         try:
-            value = float(self.function(completion, example))
+            value = self.function(completion, example)
+            if inspect.isawaitable(value):
+                value = asyncio.run(_awaited(value))
+            value = value if value is None else float(value)
         except Exception as error:
             raise RewardError(
                 f"reward function {name} raised {error!r} on completion {completion.text!r}"
             ) from error
-        if not math.isfinite(value):
+        if value is not None and not math.isfinite(value):
             raise RewardError(f"reward function {name} returned {value} on completion {completion.text!r}")
-        return self.weight * value
+        return value
+
+
+async def _awaited(value):
+    return await value
+
+
+def soft_overlong(max_length, buffer):
+    """Reward function of DAPO (arXiv 2503.14476, eq. 13): 0 up to max_length - buffer tokens, then down to -1."""
+    if not 0 < buffer <= max_length:
+        raise ValueError(f"overlong buffer must be from 1 to {max_length} tokens, got {buffer}")
+
+    def soft_overlong_punishment(completion, example):
+        return -max(0.0, (len(completion.token_ids) - (max_length - buffer)) / buffer)
+
+    return soft_overlong_punishment
 
 
 def parse_rewards(text):
@@ -67,6 +92,9 @@ def parse_rewards(text):
     return parsed
 
 
-def total_reward(rewards, completion, example):
-    """The weighted sum of ``rewards`` for one completion."""
-    return math.fsum(reward(completion, example) for reward in rewards)
+def total_reward(rewards, terms):
+    """The weighted sum of the ``terms`` that apply (None: does not); RewardError where none does."""
+    weighted = [r.weight * term for r, term in zip(rewards, terms, strict=True) if term is not None]
+    if not weighted:
+        raise RewardError("no reward function applies to a completion, expected at least one that does")
+    return math.fsum(weighted)

@@ -1,10 +1,13 @@
 """What one step learned from: prompts and completions end to end, with everything the loss needs beside them."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+PER_SEQUENCE = ("rewards", "advantages", "group_ids", "truncated", "reward_terms")
+PER_TOKEN = ("input_ids", "completion_mask", "sampler_logprobs")
 
 
 @dataclass
@@ -13,7 +16,10 @@ class RolloutBatch:
 
     input_ids (N,) int64: prompt and completion of every sequence; cu_seqlens (S+1,) int64: their borders;
     completion_mask (N,) bool: tokens that were sampled; sampler_logprobs (N,) float32: their log-probs when sampled,
-    0 elsewhere; rewards and advantages (S,) float32; group_ids (S,) int64: equal for completions of one prompt.
+    0 elsewhere; rewards and advantages (S,) float32; group_ids (S,) int64: equal for completions of one prompt;
+    truncated (S,) bool: cut off by the length limit; reward_terms (S, K) float32: what each reward function said, NaN
+    where it does not apply; reward_weights (K,) float32; temperature () float64: that of the sampling, at which every
+    log-prob of the batch is taken; per_token: name to (N,) float32, what an objective adds.
     """
 
     input_ids: torch.Tensor
@@ -23,11 +29,19 @@ class RolloutBatch:
     rewards: torch.Tensor
     advantages: torch.Tensor
     group_ids: torch.Tensor
+    truncated: torch.Tensor
+    reward_terms: torch.Tensor
+    reward_weights: torch.Tensor
+    temperature: torch.Tensor
+    per_token: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def from_groups(cls, prompts, groups, rewards, advantages):
-        """prompts: token ids a group; groups: lists of ``Completion``; rewards, advantages (S,) in that order."""
-        ids, mask, logprobs, borders, group_ids = [], [], [], [0], []
+    def from_groups(cls, prompts, groups, rewards, reward_terms, reward_weights, temperature):
+        """Pack fresh rollouts; advantages are 0 until an estimator fills them in.
+
+        prompts: token ids a group; groups: lists of ``Completion``; the others as the fields, in that order.
+        """
+        ids, mask, logprobs, borders, group_ids, truncated = [], [], [], [0], [], []
         for group_id, (prompt, completions) in enumerate(zip(prompts, groups, strict=True)):
             for completion in completions:
                 ids += [*prompt, *completion.token_ids]
@@ -35,15 +49,34 @@ class RolloutBatch:
                 logprobs += [0.0] * len(prompt) + completion.logprobs
                 borders.append(len(ids))
                 group_ids.append(group_id)
+                truncated.append(completion.finish_reason == "length")
         return cls(
             input_ids=torch.tensor(ids, dtype=torch.int64),
             cu_seqlens=torch.tensor(borders, dtype=torch.int64),
             completion_mask=torch.tensor(mask, dtype=torch.bool),
             sampler_logprobs=torch.tensor(logprobs, dtype=torch.float32),
             rewards=rewards,
-            advantages=advantages,
+            advantages=torch.zeros_like(rewards),
             group_ids=torch.tensor(group_ids, dtype=torch.int64),
+            truncated=torch.tensor(truncated, dtype=torch.bool),
+            reward_terms=reward_terms,
+            reward_weights=reward_weights,
+            temperature=torch.tensor(temperature, dtype=torch.float64),
         )
+
+    @classmethod
+    def cat(cls, batches):
+        """One batch of all sequences of ``batches``; the groups of different batches stay apart."""
+        borders, group_ids, tokens, groups = [torch.zeros(1, dtype=torch.int64)], [], 0, 0
+        for batch in batches:
+            borders.append(batch.cu_seqlens[1:] + tokens)
+            group_ids.append(batch.group_ids + groups)
+            tokens += batch.input_ids.numel()
+            groups += int(batch.group_ids.max()) + 1 if len(batch) else 0
+        joined = {f: torch.cat([getattr(b, f) for b in batches]) for f in (*PER_TOKEN, *PER_SEQUENCE)}
+        joined |= {"cu_seqlens": torch.cat(borders), "group_ids": torch.cat(group_ids)}
+        extra = {n: torch.cat([b.per_token[n] for b in batches]) for n in batches[0].per_token}
+        return replace(batches[0], **joined, per_token=extra)
 
     def __len__(self):
         return self.cu_seqlens.numel() - 1
@@ -65,14 +98,12 @@ class RolloutBatch:
         tokens = torch.cat(spans) if spans else torch.zeros(0, dtype=torch.int64)
         lengths = torch.tensor([0, *(len(span) for span in spans)])
         rows = torch.tensor(indices, dtype=torch.int64)
-        return RolloutBatch(
-            input_ids=self.input_ids[tokens],
+        return replace(
+            self,
             cu_seqlens=lengths.cumsum(0),
-            completion_mask=self.completion_mask[tokens],
-            sampler_logprobs=self.sampler_logprobs[tokens],
-            rewards=self.rewards[rows],
-            advantages=self.advantages[rows],
-            group_ids=self.group_ids[rows],
+            **{name: getattr(self, name)[tokens] for name in PER_TOKEN},
+            **{name: getattr(self, name)[rows] for name in PER_SEQUENCE},
+            per_token={name: values[tokens] for name, values in self.per_token.items()},
         )
 
     def padded_mask(self):
@@ -87,9 +118,16 @@ class RolloutBatch:
             mask, values[self.completion_mask.to(values.device)]
         )
 
+    def unpadded(self, rows):
+        """The inverse of ``padded``: (S, L) rows to per-token values (N,), 0 outside the completions."""
+        mask = self.completion_mask.to(rows.device)
+        return rows.new_zeros(mask.shape).masked_scatter(mask, rows[self.padded_mask().to(rows.device)])
+
     def save(self, path):
         """Write to a safetensors file, to be replayed."""
-        save_file({f.name: getattr(self, f.name).contiguous() for f in fields(self)}, path)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "per_token"}
+        tensors |= {f"per_token.{name}": values for name, values in self.per_token.items()}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
     @classmethod
     def load(cls, path):
@@ -98,7 +136,8 @@ class RolloutBatch:
             tensors = load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is no readable safetensors file: {error}") from error
-        expected = {f.name for f in fields(cls)}
+        extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith("per_token.")}
+        expected = {f.name for f in fields(cls)} - {"per_token"}
         if set(tensors) != expected:
             raise ValueError(f"{path} holds {sorted(tensors)}, expected {sorted(expected)}")
-        return cls(**tensors)
+        return cls(**tensors, per_token={name.removeprefix("per_token."): v for name, v in extra.items()})

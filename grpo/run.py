@@ -15,11 +15,14 @@ from .evaluation import Accuracy, evaluate
 from .report import plot_curves, table_header, table_row
 from .trainer import GRPOTrainer
 
+SKIPPED_IN_A_ROW = 3  # steps without a finite gradient that end a run
+
 
 class Run:
     """The files of a run and the loop around ``GRPOTrainer.step``.
 
-    Under ``folder``: config.json, metrics.jsonl, checkpoints/, before.json, result.json, adapter/, curves.png.
+    Under ``folder``: config.json, metrics.jsonl, checkpoints/, before.json, result.json, adapter/, curves.png, and
+    with save_batches the rollouts of each step in batches/.
     A checkpoint follows every step, so a killed run loses the step in flight at most.
     """
 
@@ -28,6 +31,7 @@ class Run:
         self.folder = Path(folder)
         self.say = say
         self.stop_requested = False
+        self.token_budget = config.token_budget
 
     @classmethod
     def create(cls, config, say=print):
@@ -37,7 +41,10 @@ class Run:
             raise ValueError(
                 f"{folder} holds another run; continue it with --resume {folder}, or name another folder with --out"
             )
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # A run killed while it wrote its very first file has left nothing but that.
+        if folder.exists() and (
+            not folder.is_dir() or any(p.name != "config.json.partial" for p in folder.iterdir())
+        ):
             raise ValueError(f"{folder} is not an empty folder; name another one with --out")
         folder.mkdir(parents=True, exist_ok=True)
         run = cls(config, folder, say)
@@ -56,7 +63,7 @@ class Run:
         checkpoints = list_checkpoints(folder / "checkpoints")
         if checkpoints:
             run.trainer.step_count = load_checkpoint(
-                checkpoints[-1], run.trainer.policy, run.trainer.optimizer
+                checkpoints[-1], run.trainer.named_parameters(), run.trainer.optimizer
             )
         history = [m for m in run.history() if m["step"] <= run.trainer.step_count]
         _write_whole(folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in history))
@@ -85,13 +92,19 @@ class Run:
                 start = time.perf_counter()
                 metrics = trainer.step()
                 metrics["seconds"] = time.perf_counter() - start
+                if config.save_batches:
+                    self._save_batch()
                 # Metrics first: a kill before the checkpoint leaves a line that resuming drops, never a gap.
                 with open(self.folder / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(metrics) + "\n")
                 save_checkpoint(
-                    self.folder / "checkpoints", trainer.step_count, trainer.policy, trainer.optimizer
+                    self.folder / "checkpoints",
+                    trainer.step_count,
+                    trainer.named_parameters(),
+                    trainer.optimizer,
                 )
                 self.say(table_row(metrics))
+                self._watch(metrics)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -105,6 +118,31 @@ class Run:
             )
             return None
         return self._finish(before, history)
+
+    def _save_batch(self):
+        path = self.folder / "batches" / f"step-{self.trainer.step_count:06d}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        self.trainer.batch.save(path.with_suffix(".partial"))
+        os.replace(path.with_suffix(".partial"), path)
+        return path
+
+    def _watch(self, metrics):
+        """Say what a step had to give up, and end a run that gets nowhere."""
+        if metrics["token_budget"] < self.token_budget:
+            self.token_budget = metrics["token_budget"]
+            self.say(f"out of memory: going on with a token budget of {self.token_budget}")
+        if not metrics["skipped"]:
+            return
+        self.say(f"step {metrics['step']} skipped: its loss or gradient is not finite")
+        if (
+            all(m["skipped"] for m in self.history()[-SKIPPED_IN_A_ROW:])
+            and metrics["step"] >= SKIPPED_IN_A_ROW
+        ):
+            path = self._save_batch()
+            raise ValueError(
+                f"{SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite; the last rollouts "
+                f"are in {path}, the adapters as they were before in {self.folder}/checkpoints"
+            )
 
     def _request_stop(self, number, frame):
         if self.stop_requested:

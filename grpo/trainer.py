@@ -1,14 +1,18 @@
 """One GRPO step after another: rollout, rewards, advantages, micro-batches, update."""
 
 import contextlib
+import math
 import time
 
 import torch
 
 from ..rollout import LoraConfig, Policy, Sampler, SamplingParams, split_by_budget
-from .advantages import group_advantages, group_has_signal
-from .loss import kl_penalty, loss_denominator, policy_loss
-from .rewards import parse_rewards, total_reward
+from .advantages import group_has_signal
+from .algorithms import find_algorithm
+from .loss import kl_penalty
+from .objectives import OBJECTIVES
+from .reward_pool import score
+from .rewards import WeightedReward, parse_rewards, soft_overlong, total_reward
 from .rollout_batch import RolloutBatch
 from .tasks import find_task
 
@@ -16,7 +20,7 @@ from .tasks import find_task
 class GRPOTrainer:
     """Trains the adapters of a policy on a task; ``step`` is the whole algorithm.
 
-    All randomness is keyed by (seed, step): a trainer whose ``step_count``, adapters and optimiser are restored
+    All randomness is keyed by (seed, step): a trainer whose ``step_count``, parameters and optimiser are restored
     goes on as if it had never stopped.
     """
 
@@ -25,154 +29,162 @@ class GRPOTrainer:
         self.config = config
         self.policy = policy or load_policy(config)
         self.task = task or find_task(config.task)
-        self.rewards = rewards or parse_rewards(config.rewards)
+        self.rewards = list(rewards or parse_rewards(config.rewards))
+        if config.overlong_buffer:
+            punishment = soft_overlong(config.max_completion_length, config.overlong_buffer)
+            self.rewards.append(WeightedReward(punishment, 1.0))
         self.train_sets, self.held_out_sets = self.task.split(config.held_out)
         self.sampler = Sampler(self.policy, max_batch=config.prompts_per_step * config.group_size)
-        self.loss_config = config.loss_config()
-        self.parameters = list(self.policy.adapters().values())
+        self.objective = OBJECTIVES[find_algorithm(config.algorithm).objective](self.policy, config)
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+            self.named_parameters().values(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
         )
+        self.token_budget = config.token_budget
         self.step_count = 0
+        self.batch = None  # the rollouts of the last step
+
+    def named_parameters(self):
+        """Dict of everything that is trained: the live adapters by PEFT's names, then what the objective adds."""
+        return {**self.policy.adapters(), **self.objective.named_parameters()}
 
     def step(self):
         """One step of the algorithm; returns its metrics, a flat dict of numbers."""
         step = self.step_count + 1
         clock = _Clock(self.policy.device)
         with clock("rollout"):
-            batch, completions = self.collect(step)
-        denominator = loss_denominator(batch.padded_mask(), self.loss_config)
-        trained = self._worth_training(batch)
-        with clock("reference"):
-            kl = self._measure_kl(batch)
+            batch, sampled = self.collect(step)
+        with clock("prepare"):
+            trained, prepared = self.objective.prepare(batch)
         metrics = {}
         with clock("train"):
             for iteration in range(self.config.num_iterations):
-                metrics = self._update(trained, denominator, step, first=metrics if iteration else None)
-        self.step_count = step
-        lengths = batch.completion_lengths().double()
-        groups = self.config.prompts_per_step
-        return {
-            "step": step,
-            **metrics,
-            "reward": batch.rewards.mean().item(),
-            "reward_std": batch.rewards.view(groups, -1).std(dim=1).mean().item(),
-            "completion_length": lengths.mean().item(),
-            "kl": kl if self.config.kl_coef == 0 else metrics["kl"],
-            "signal_share": group_has_signal(batch.rewards, batch.group_ids).double().mean().item(),
-            "truncated_share": sum(c.finish_reason == "length" for c in completions) / len(completions),
-            "completion_tokens": int(lengths.sum()),
-            "trained_tokens": int(trained.completion_mask.sum()),
-            **clock.seconds,
-        }
+                metrics = self._update(trained, step, first=metrics if iteration else None)
+        with clock("measure"):
+            if "kl" not in metrics | prepared:
+                prepared["kl"] = self._measure_kl(batch)
+        self.step_count, self.batch = step, batch
+        return {"step": step, **sampled, **prepared, **metrics, **clock.seconds}
 
     def collect(self, step):
-        """The rollouts of ``step`` as a ``RolloutBatch``, and their ``Completion`` objects."""
+        """The rollouts of ``step`` and what was seen of them: (``RolloutBatch``, dict of metrics).
+
+        With dynamic sampling (DAPO, arXiv 2503.14476) groups without signal are left out and new prompts drawn for
+        them, for as many rounds as the config allows; a batch that stays without any signal is kept as it is.
+        """
+        wanted, kept, rounds = self.config.prompts_per_step, [], []
+        for number in range(self.config.dynamic_sampling):
+            rounds.append(self._rollout(step, number))
+            signal = group_has_signal(rounds[-1].rewards, rounds[-1].group_ids)
+            kept.append(rounds[-1].select(signal.nonzero().squeeze(1).tolist()))
+            if sum(map(len, kept)) >= wanted * self.config.group_size:
+                break
+        everything = RolloutBatch.cat(rounds)
+        batch = everything
+        if self.config.dynamic_sampling > 1 and any(map(len, kept)):
+            batch = RolloutBatch.cat(kept)
+            batch = batch.select(list(range(min(len(batch), wanted * self.config.group_size))))
+        lengths = everything.completion_lengths()
+        groups = everything.rewards.view(-1, self.config.group_size)
+        return batch, {
+            "reward": everything.rewards.mean().item(),
+            "reward_std": groups.std(dim=1).mean().item(),
+            "completion_length": lengths.double().mean().item(),
+            "signal_share": (groups.amax(1) > groups.amin(1)).double().mean().item(),
+            "truncated_share": everything.truncated.double().mean().item(),
+            "completion_tokens": int(lengths.sum()),
+        }
+
+    def _rollout(self, step, number):
+        """Freshly sampled groups, rewarded: round ``number`` of ``step``."""
         config = self.config
-        examples = self.task.draw(self.train_sets, config.prompts_per_step, f"{config.seed}/{step}")
+        key = f"{config.seed}/{step}" + (f"/{number}" if number else "")
+        examples = self.task.draw(self.train_sets, config.prompts_per_step, key)
         prompts = [self.policy.tokenizer.apply_chat_template(list(e.messages)) for e in examples]
         params = SamplingParams(
             max_tokens=config.max_completion_length,
             temperature=config.temperature,
-            seed=config.seed * 1_000_003 + step,
+            seed=config.seed * 1_000_003 + step + (number << 40),
         )
         groups = self.sampler.generate(prompts, params, group_size=config.group_size)
-        rewards = torch.tensor(
-            [
-                total_reward(self.rewards, c, e)
-                for e, group in zip(examples, groups, strict=True)
-                for c in group
-            ]
-        )
-        group_ids = torch.arange(len(prompts)).repeat_interleave(config.group_size)
-        advantages = group_advantages(rewards, group_ids, config.estimator)
-        batch = RolloutBatch.from_groups(prompts, groups, rewards, advantages)
-        return batch, [completion for group in groups for completion in group]
+        pairs = [(c, e) for e, group in zip(examples, groups, strict=True) for c in group]
+        terms = score(self.rewards, pairs, timeout=config.reward_timeout)
+        rewards = torch.tensor([total_reward(self.rewards, row) for row in terms])
+        weights = torch.tensor([reward.weight for reward in self.rewards])
+        terms = torch.tensor([[math.nan if value is None else value for value in row] for row in terms])
+        return RolloutBatch.from_groups(prompts, groups, rewards, terms, weights, config.temperature)
 
-    def _worth_training(self, batch):
-        """Without a KL term a row of zero advantage has no gradient; a batch's denominator still counts it."""
-        if self.config.kl_coef > 0 or self.loss_config.denominator_scope == "micro-batch":
-            return batch
-        return batch.select(batch.advantages.nonzero().squeeze(1).tolist())
-
-    def _update(self, batch, denominator, step, first=None):
-        """One optimiser step over ``batch`` in micro-batches; returns the metrics, sums over micro-batches.
+    def _update(self, batch, step, first=None):
+        """One optimiser step over ``batch``; returns its metrics. A loss or gradient that is not finite is no step.
 
         ``first``: metrics of the first update on this batch, None when this is it.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        totals = {"loss": 0.0, "kl": 0.0, "sampler_logprob_diff_max": 0.0}
-        difference_sum = 0.0
-        runs = split_by_budget(
-            batch.sequences(), self.config.token_budget, share_prefix=self.config.share_prefix
-        )
-        for rows in runs:
-            micro = batch.select(rows)
-            if self.loss_config.denominator_scope == "micro-batch":
-                denominator = len(runs) * loss_denominator(micro.padded_mask(), self.loss_config)
-            out, difference = self._micro_loss(micro, denominator, on_policy=first is None)
-            out.loss.backward()
-            totals["loss"] += out.loss.item()
-            if self.config.kl_coef > 0:
-                totals["kl"] += out.kl.detach().sum().item() / max(1, int(batch.completion_mask.sum()))
-            totals["sampler_logprob_diff_max"] = max(
-                totals["sampler_logprob_diff_max"], difference.max().item()
-            )
-            difference_sum += difference.sum().item()
-        totals["sampler_logprob_diff_mean"] = difference_sum / max(1, int(batch.completion_mask.sum()))
+        totals = self._accumulate(batch, on_policy=first is None)
+        parameters = list(self.named_parameters().values())
         totals["grad_norm"] = 0.0
-        if runs:
-            totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(
-                self.parameters, self.config.max_grad_norm
-            ).item()
+        if any(parameter.grad is not None for parameter in parameters):
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+            totals["grad_norm"] = norm.item()
+        finite = math.isfinite(totals["loss"]) and math.isfinite(totals["grad_norm"])
+        totals["skipped"] = int(not finite) + (first["skipped"] if first else 0)
         totals["lr"] = self.config.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = totals["lr"]
-        if runs:
+        if finite:
             self.optimizer.step()
         if first is not None:  # the sampler is compared with the policy that sampled
             keep = ("sampler_logprob_diff_max", "sampler_logprob_diff_mean")
             totals.update({name: first[name] for name in keep})
         return totals
 
-    def _micro_loss(self, micro, denominator, *, on_policy):
-        """(``LossOutput`` with a graph, |new - sampler| log-probs of the completion tokens) of a micro-batch."""
-        sampled = micro.padded(micro.sampler_logprobs).to(self.policy.device)
-        logprobs = micro.padded(self._score(micro))
-        mask = micro.padded_mask().to(self.policy.device)
-        ref_logprobs = None
-        if self.config.kl_coef > 0:
-            with torch.no_grad(), self.policy.disable_adapters():
-                ref_logprobs = micro.padded(self._score(micro))
-        out = policy_loss(
-            logprobs,
-            logprobs.detach() if on_policy else sampled,
-            micro.advantages.to(self.policy.device),
-            mask,
-            self.loss_config,
-            ref_logprobs=ref_logprobs,
-            denominator=denominator.to(self.policy.device),
-        )
-        return out, torch.where(mask, (logprobs.detach() - sampled).abs(), 0)
+    def _accumulate(self, batch, *, on_policy):
+        """Leave the gradient of ``batch`` in the parameters; returns sums over its micro-batches.
 
-    def _score(self, batch):
-        return self.policy.score(
-            batch.input_ids,
-            batch.completion_mask,
-            cu_seqlens=batch.cu_seqlens,
-            temperature=self.config.temperature,
+        Out of memory, it starts again with half the token budget, which changes the gradient by rounding alone.
+        """
+        while True:
+            try:
+                return self._run_micro_batches(batch, on_policy)
+            except torch.OutOfMemoryError:
+                longest = max(map(len, batch.sequences())) * self.objective.unit
+                if self.token_budget // 2 < longest:
+                    raise
+                self.token_budget //= 2
+            torch.cuda.empty_cache()
+
+    def _run_micro_batches(self, batch, on_policy):
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens = int(batch.completion_mask.sum())
+        totals = {"loss": 0.0, "sampler_logprob_diff_max": 0.0, "trained_tokens": tokens}
+        difference_sum, kl_sum = 0.0, None
+        runs = split_by_budget(
+            batch.sequences(),
+            self.token_budget,
             share_prefix=self.config.share_prefix,
+            unit=self.objective.unit,
         )
+        for rows in runs:
+            micro = batch.select(rows)
+            out = self.objective.micro_loss(micro, on_policy=on_policy, micro_batches=len(runs))
+            out.loss.backward()
+            totals["loss"] += out.loss.item()
+            if out.kl is not None:
+                kl_sum = (kl_sum or 0.0) + out.kl
+            # Outside the completions both are 0.
+            difference = (out.logprobs.cpu() - micro.padded(micro.sampler_logprobs)).abs()
+            largest = max(totals["sampler_logprob_diff_max"], difference.max().item())
+            totals["sampler_logprob_diff_max"] = largest
+            difference_sum += difference.sum().item()
+        totals["sampler_logprob_diff_mean"] = difference_sum / max(1, tokens)
+        totals["token_budget"] = self.token_budget
+        if kl_sum is not None:
+            totals["kl"] = kl_sum / max(1, tokens)
+        return totals
 
     @torch.no_grad()
     def _measure_kl(self, batch):
         """Mean k3 of the first group against the base model: a look at the drift where the loss has no KL term."""
-        if self.config.kl_coef > 0:
-            return None
         group = batch.select(list(range(self.config.group_size)))
-        with self.policy.disable_adapters():
-            reference = self._score(group).cpu()
-        penalty = kl_penalty(group.sampler_logprobs, reference, "k3")
+        penalty = kl_penalty(group.sampler_logprobs, self.objective.reference(group).cpu(), "k3")
         return penalty[group.completion_mask].mean().item()
 
 

@@ -11,6 +11,7 @@ import torch
 
 LIB = "nanogrpo"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+CHECK = os.environ.get("NANOGRPO_CHECK") == "1"  # look at values on CUDA too, which waits for the device
 
 
 def check(condition, message):

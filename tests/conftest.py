@@ -1,4 +1,4 @@
-"""Profiles, the ``gpu`` marker, NaN-filled allocations and the device that kernel tests run on."""
+"""Profiles, the ``gpu`` and ``oracle`` markers, NaN-filled allocations and the device that kernel tests run on."""
 
 import os
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+os.environ.setdefault("NANOGRPO_CHECK", "1")  # read when nanogrpo.kernels is imported, later
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("dev", max_examples=10, **COMMON)
@@ -16,11 +17,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreter" if INTE
 
 
 def pytest_collection_modifyitems(config, items):
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if "oracle" in item.keywords and "oracle" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="make test-oracles"))
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,11 @@ from tiny_run import adapters, tiny_trainer
 
 
 def save(trainer, folder, **options):
-    save_checkpoint(folder, trainer.step_count, trainer.policy, trainer.optimizer, **options)
+    save_checkpoint(folder, trainer.step_count, trainer.named_parameters(), trainer.optimizer, **options)
 
 
 def load(trainer, path):
-    trainer.step_count = load_checkpoint(path, trainer.policy, trainer.optimizer)
+    trainer.step_count = load_checkpoint(path, trainer.named_parameters(), trainer.optimizer)
 
 
 def assert_same(a, b):
@@ -37,7 +37,9 @@ def test_round_trip(saved):
     load(fresh, path)
     assert fresh.step_count == 1
     assert_same(adapters(trainer), adapters(fresh))
-    for ours, theirs in zip(trainer.parameters, fresh.parameters, strict=True):
+    for ours, theirs in zip(
+        trainer.named_parameters().values(), fresh.named_parameters().values(), strict=True
+    ):
         a, b = trainer.optimizer.state[ours], fresh.optimizer.state[theirs]
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
@@ -48,18 +50,18 @@ def test_loaded_step_counters_are_separate(saved):
     fresh = tiny_trainer()
     load(fresh, saved[1])
     fresh.step()
-    assert {int(fresh.optimizer.state[p]["step"]) for p in fresh.parameters} == {2}
+    assert {int(fresh.optimizer.state[p]["step"]) for p in fresh.named_parameters().values()} == {2}
 
 
-@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
-def test_resuming_is_bit_exact(tmp_path, kl_coef):
-    straight = tiny_trainer(kl_coef=kl_coef)
+@pytest.mark.parametrize("settings", [{"kl_coef": 0.0}, {"kl_coef": 0.1}, {"algorithm": "ppo"}], ids=str)
+def test_resuming_is_bit_exact(tmp_path, settings):
+    straight = tiny_trainer(**settings)
     metrics = [straight.step() for _ in range(4)]
-    stopped = tiny_trainer(kl_coef=kl_coef)
+    stopped = tiny_trainer(**settings)
     for _ in range(2):
         stopped.step()
     save(stopped, tmp_path)
-    resumed = tiny_trainer(kl_coef=kl_coef)
+    resumed = tiny_trainer(**settings)
     load(resumed, list_checkpoints(tmp_path)[-1])
     again = [resumed.step() for _ in range(2)]
     assert_same(adapters(straight), adapters(resumed))
@@ -124,6 +126,14 @@ def test_another_rank_is_refused(saved):
     other.policy.add_adapters(LoraConfig(r=3, alpha=4))
     with pytest.raises(ValueError, match=r"step-000001: .* has shape \(2, 32\), expected \(3, 32\)"):
         load(other, saved[1])
+
+
+def test_another_algorithm_is_refused_before_anything_changes(saved):
+    other = tiny_trainer(algorithm="ppo")
+    before = adapters(other)
+    with pytest.raises(ValueError, match=r"step-000001 does not fit this run.*value_head.weight"):
+        load(other, saved[1])
+    assert_same(before, adapters(other))
 
 
 def test_no_pickle(saved):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 from nanogrpo.grpo import PRESETS, GRPOConfig
+from nanogrpo.grpo.algorithms import ALGORITHMS
 
 BAD = [
     ({"lr": 0}, "lr must be greater than 0, got 0"),
@@ -30,7 +31,16 @@ BAD = [
     ({"algorithm": "dr_grop"}, "got 'dr_grop', nearest is 'dr_grpo'"),
     ({"rewards": "formt:1"}, "unknown reward 'formt'; nearest is 'format'"),
     ({"rewards": ""}, "unknown reward ''"),
-    ({"estimator": "gae"}, "estimator must be one of grpo, dr_grpo, rloo, got 'gae'"),
+    ({"estimator": "gea"}, "estimator of grpo must be one of gdpo, grpo, .*, got 'gea'"),
+    ({"algorithm": "ppo", "estimator": "rloo"}, "estimator of ppo must be one of gae, got 'rloo'"),
+    ({"kl_place": "loos"}, "kl_place must be one of loss, reward, got 'loos'"),
+    ({"truncated": "kept"}, "truncated must be one of keep, mask, drop, got 'kept'"),
+    ({"dynamic_sampling": 0}, "dynamic_sampling must be at least 1"),
+    ({"overlong_buffer": 9}, "overlong_buffer must be at most max_completion_length = 8, got 9"),
+    ({"gae_lambda": 1.5}, "gae_lambda must be from 0 to 1, got 1.5"),
+    ({"sampler_correction": "token"}, "sampler_correction: got 'token', nearest is 'token-"),
+    ({"reward_timeout": 0.0}, "reward_timeout must be greater than 0"),
+    ({"dpo_beta": 0.0}, "dpo_beta must be greater than 0"),
     ({"quantize": "int8"}, "quantize must be nf4 or int4, got 'int8'"),
     ({"dtype": "float64"}, "dtype must be float32, bfloat16 or float16, got 'float64'"),
     ({"device": "gpu"}, "device must be cpu or cuda, got 'gpu'"),
@@ -38,7 +48,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("bad, message", BAD, ids=[f"{k}={v}" for bad, _ in BAD for k, v in bad.items()])
+@pytest.mark.parametrize("bad, message", BAD, ids=[str(bad) for bad, _ in BAD])
 def test_bad_settings(bad, message):
     with pytest.raises(ValueError, match=message) as caught:
         GRPOConfig(**bad)
@@ -84,3 +94,17 @@ def test_damaged_file_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="config.json is no run configuration"):
         GRPOConfig.load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_defaults_of_an_algorithm_are_those_of_its_paper(name):
+    config, loss = GRPOConfig(algorithm=name), ALGORITHMS[name].loss
+    assert (config.estimator, config.kl_place) == (loss.estimator, loss.kl_place)
+    assert config.loss_config() == dataclasses.replace(loss, kl_coef=0.1, max_completion_length=8)
+
+
+def test_the_kl_can_be_moved():
+    moved = GRPOConfig(kl_place="reward").loss_config()
+    assert (moved.kl_place, moved.kl_estimator, moved.kl_gradient) == ("reward", "k1", "plain")
+    moved = GRPOConfig(algorithm="rloo", kl_place="loss").loss_config()
+    assert (moved.kl_place, moved.kl_estimator, moved.kl_gradient) == ("loss", "k3", "corrected")

@@ -121,6 +121,26 @@ def test_sample_and_eval_with_an_adapter(tiny, capsys, tmp_path):
     assert capsys.readouterr().out.startswith("add: held-out accuracy 0.0% (0/3, 95% interval ")
 
 
+def test_replay_of_a_run(tiny, capsys, tmp_path):
+    out = tmp_path / "run"
+    assert main(["train", *flags(out=str(out), steps=2), "--save-batches"]) == 0
+    batches = sorted(str(file) for file in (out / "batches").iterdir())
+    capsys.readouterr()
+    options = ["--losses", "grpo,dapo", "--estimators", "grpo,rloo", "--kl-coefs", "0,0.1"]
+    adapter = ["--adapter", str(out / "adapter"), "--out", str(tmp_path / "replay")]
+    assert main(["replay", *batches, *options, *adapter]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("2 batches, 8 cells") and len(printed) == 1 + 9 + 1
+    assert {p.name for p in (tmp_path / "replay").iterdir()} == {"replay.json", "replay.png"}
+
+
+def test_replay_and_verify_errors(tiny, capsys, tmp_path):
+    (tmp_path / "other").write_bytes(b"x")
+    assert "is no readable safetensors file" in refused(capsys, "replay", str(tmp_path / "other"))
+    assert "No such file" in refused(capsys, "replay", str(tmp_path / "none"))
+    assert "nobody" in refused(capsys, "verify", "--against", "nobody")
+
+
 def test_sample_and_eval_errors(tiny, capsys, tmp_path):
     assert "is no adapter folder" in refused(capsys, "sample", "hello", "--adapter", str(tmp_path))
     assert "nearest is 'add'" in refused(capsys, "eval", "--task", "addd")

@@ -1,5 +1,6 @@
 """Reward functions, their parser, and errors that name the completion."""
 
+import asyncio
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from nanogrpo.grpo.rewards import (
     correct_reward,
     format_reward,
     parse_rewards,
+    soft_overlong,
     total_reward,
 )
 from nanogrpo.grpo.tasks import TASKS
@@ -51,13 +53,46 @@ def test_a_reply_cut_by_length_earns_nothing():
     assert correct_reward(said("42", "length"), LARGER) == 0
 
 
+def total(rewards, completion):
+    rewards = parse_rewards(rewards)
+    return total_reward(rewards, [reward(completion, LARGER) for reward in rewards])
+
+
 def test_weighted_sum():
-    rewards = parse_rewards("format:0.2, correct:0.8")
-    assert total_reward(rewards, said("42"), LARGER) == pytest.approx(1.0, abs=1e-15)
-    assert total_reward(rewards, said("41"), LARGER) == 0.2
-    assert total_reward(rewards, said("what"), LARGER) == 0
-    assert total_reward(parse_rewards("correct"), said("42"), LARGER) == 1
-    assert total_reward(parse_rewards("correct:-2"), said("42"), LARGER) == -2
+    assert total("format:0.2, correct:0.8", said("42")) == pytest.approx(1.0, abs=1e-15)
+    assert total("format:0.2, correct:0.8", said("41")) == 0.2
+    assert total("format:0.2, correct:0.8", said("what")) == 0
+    assert total("correct", said("42")) == 1
+    assert total("correct:-2", said("42")) == -2
+
+
+def not_applying(completion, example):
+    return None
+
+
+def test_a_reward_that_does_not_apply_leaves_the_sum():
+    rewards = [WeightedReward(not_applying, 5.0), WeightedReward(correct_reward, 0.5)]
+    terms = [reward(said("42"), LARGER) for reward in rewards]
+    assert terms == [None, 1.0]
+    assert total_reward(rewards, terms) == 0.5
+
+
+def test_a_completion_without_any_reward_is_an_error():
+    rewards = [WeightedReward(not_applying, 1.0)]
+    with pytest.raises(RewardError, match="no reward function applies"):
+        total_reward(rewards, [None])
+
+
+@pytest.mark.parametrize("length, expected", [(1, 0), (6, 0), (7, -0.25), (9, -0.75), (10, -1)])
+def test_soft_overlong_punishment(length, expected):
+    completion = Completion([1] * length, [-0.5] * length, "stop", "")
+    assert soft_overlong(10, 4)(completion, LARGER) == expected
+
+
+@pytest.mark.parametrize("buffer", [0, -1, 11])
+def test_an_overlong_buffer_that_does_not_fit(buffer):
+    with pytest.raises(ValueError, match=f"from 1 to 10 tokens, got {buffer}"):
+        soft_overlong(10, buffer)
 
 
 def test_unknown_reward_names_the_nearest():
@@ -91,6 +126,15 @@ def test_a_reward_that_is_not_finite_is_named_with_its_completion(value):
         WeightedReward(broken, 1.0)(said("hello"), LARGER)
 
 
+async def slow_to_answer(completion, example):
+    await asyncio.sleep(0.01)
+    return len(completion.text)
+
+
+def test_an_async_reward_is_awaited():
+    assert WeightedReward(slow_to_answer, 1.0)(said("four"), LARGER) == 4
+
+
 def test_a_reward_that_returns_no_number():
     with pytest.raises(RewardError, match="raised TypeError"):
-        WeightedReward(lambda completion, example: None, 1.0)(said("hello"), LARGER)
+        WeightedReward(lambda completion, example: [1], 1.0)(said("hello"), LARGER)

@@ -20,20 +20,26 @@ def make(seed, groups=3, size=2, longest=5):
         answers.append(
             [
                 Completion(
-                    [rng.randrange(50) for _ in range(n)], [-rng.random() for _ in range(n)], "stop", ""
+                    [rng.randrange(50) for _ in range(n)],
+                    [-rng.random() for _ in range(n)],
+                    rng.choice(["stop", "length"]),
+                    "",
                 )
                 for n in lengths
             ]
         )
-    rewards = torch.tensor([rng.random() for _ in range(groups * size)])
-    return RolloutBatch.from_groups(prompts, answers, rewards, rewards - 0.5), prompts, answers
+    terms = torch.tensor([[rng.random(), rng.random()] for _ in range(groups * size)])
+    batch = RolloutBatch.from_groups(prompts, answers, terms.sum(1), terms, torch.ones(2), 0.7)
+    batch.per_token = {"returns": torch.rand(batch.input_ids.shape)}
+    return batch, prompts, answers
 
 
 def assert_same(a, b):
-    assert vars(a).keys() == vars(b).keys()
-    for name, value in vars(a).items():
-        other = getattr(b, name)
-        assert value.dtype == other.dtype and torch.equal(value, other), name
+    ours, theirs = ({**vars(batch), **batch.per_token} for batch in (a, b))
+    del ours["per_token"], theirs["per_token"]
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]), name
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 4))
@@ -48,6 +54,8 @@ def test_from_groups(seed, groups, size):
     expected = torch.tensor([x for _, c in flat for x in c.logprobs])
     assert torch.equal(batch.sampler_logprobs[batch.completion_mask], expected)
     assert not batch.sampler_logprobs[~batch.completion_mask].any()
+    assert batch.truncated.tolist() == [c.finish_reason == "length" for _, c in flat]
+    assert not batch.advantages.any() and batch.temperature == 0.7
 
 
 @given(st.integers(0, 10**6))
@@ -79,10 +87,28 @@ def test_select(seed, rows):
     assert len(chosen) == len(rows)
     assert chosen.sequences() == [batch.sequences()[i] for i in rows]
     assert chosen.completion_lengths().tolist() == [batch.completion_lengths()[i].item() for i in rows]
-    for name in ("rewards", "advantages", "group_ids"):
+    for name in ("rewards", "advantages", "group_ids", "truncated", "reward_terms"):
         assert torch.equal(getattr(chosen, name), getattr(batch, name)[rows])
     for place, i in enumerate(rows):
         assert_same(chosen.select([place]), batch.select([i]))
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 3), min_size=1, max_size=3))
+def test_cat_undoes_select(seed, cuts):
+    batch, _, _ = make(seed, groups=4)
+    borders = [0, *sorted(2 * c for c in cuts), len(batch)]
+    parts = [batch.select(list(range(a, b))) for a, b in zip(borders, borders[1:], strict=False)]
+    joined = RolloutBatch.cat(parts)
+    # Group ids are renumbered, but equal ids stay equal and different ones different.
+    same = lambda ids: ids[:, None] == ids[None, :]
+    assert torch.equal(same(joined.group_ids), same(batch.group_ids))
+    joined.group_ids = batch.group_ids
+    assert_same(joined, batch)
+
+
+def test_unpadded_undoes_padded():
+    batch, _, _ = make(7)
+    assert torch.equal(batch.unpadded(batch.padded(batch.sampler_logprobs)), batch.sampler_logprobs)
 
 
 def test_select_nothing():

@@ -1,7 +1,9 @@
 """A run in its folder: its files, and stopping, killing and resuming it."""
 
 import json
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanogrpo.grpo import GRPOConfig
+from nanogrpo.grpo import GRPOConfig, RolloutBatch
 from nanogrpo.grpo.checkpoint import list_checkpoints
 from nanogrpo.grpo.report import COLUMNS, table_header
 from nanogrpo.grpo.run import Run
@@ -37,6 +39,40 @@ original, tiny_run.odd = tiny_run.odd, odd
 patch = pytest.MonkeyPatch()
 tiny_run.install(patch.setattr, patch.setitem)
 Run.create(GRPOConfig(**tiny_run.settings(rewards="odd", out=sys.argv[1]))).train()
+"""
+
+# Starts the run 20 times in a child of its own and kills each after a random while; then lets it come to its end.
+KILLED_TWENTY_TIMES = """
+import os, random, signal, sys, time
+from pathlib import Path
+import pytest, torch
+import tiny_run
+from nanogrpo.grpo import GRPOConfig
+from nanogrpo.grpo.run import Run
+
+torch.set_num_threads(1)  # a pool of threads would not survive the fork
+folder, settings = Path(sys.argv[1]), eval(sys.argv[2])
+patch = pytest.MonkeyPatch()
+tiny_run.install(patch.setattr, patch.setitem)
+
+def train():
+    new = not (folder / "config.json").exists()
+    quiet = lambda line: None
+    config = GRPOConfig(**settings, out=str(folder))
+    (Run.create(config, quiet) if new else Run.resume(folder, quiet)).train()
+
+rng, killed = random.Random(int(sys.argv[3])), 0
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        train()
+        os._exit(0)
+    time.sleep(rng.uniform(0.0, 0.4))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    killed += os.WIFSIGNALED(status)
+train()
+print(killed)
 """
 
 
@@ -95,6 +131,17 @@ def test_files(finished):
     assert result["before"] == json.loads((run.folder / "before.json").read_text())
     assert result["before"]["count"] == result["after"]["count"] == 3
     assert result["peak_memory_bytes"] > 10**6 and result["tokens_per_second"] > 0
+
+
+def test_saved_batches_are_what_was_learned_from(tmp_path):
+    run = create(tmp_path / "run", save_batches=True)
+    run.train()
+    files = sorted((run.folder / "batches").iterdir())
+    assert [f.name for f in files] == [f"step-{n:06d}.safetensors" for n in (1, 2, 3, 4)]
+    for file, metrics in zip(files, run.history(), strict=True):
+        batch = RolloutBatch.load(file)
+        assert batch.rewards.mean().item() == pytest.approx(metrics["reward"])
+        assert batch.temperature == 1.0 and batch.advantages.any()
 
 
 def test_adapter_is_the_trained_one(finished):
@@ -159,6 +206,27 @@ def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path):
     assert (again["before"], again["after"]) == (result["before"], result["after"])
 
 
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
+    long = settings(rewards="odd", steps=60, save_batches=True)
+    straight = Run.create(GRPOConfig(**long, out=str(tmp_path / "straight")), Screen())
+    straight.train()
+    seed = random.SystemRandom().randrange(10**6)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_TWENTY_TIMES, str(tmp_path / "killed"), repr(long), str(seed)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+    assert int(done.stdout) >= 3, "the run was over before it could be killed"
+    killed = Run.resume(tmp_path / "killed", Screen())
+    assert_same_adapters(straight, killed)
+    assert timeless(killed.history()) == timeless(straight.history())
+    for file in (straight.folder / "batches").iterdir():
+        assert (killed.folder / "batches" / file.name).read_bytes() == file.read_bytes()
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(finished, tmp_path):
     straight, _, _ = finished
     screen, handler = Screen(stop_at=2), signal.getsignal(signal.SIGINT)
@@ -215,6 +283,34 @@ def test_metrics_are_written_before_the_checkpoint(tmp_path, monkeypatch):
         run.train()
     assert [m["step"] for m in run.history()] == [1]
     assert Run.resume(run.folder, Screen()).history() == []
+
+
+def test_three_skipped_steps_end_the_run_with_their_rollouts(tmp_path):
+    screen = Screen()
+    run = create(tmp_path / "run", screen, steps=6)
+    original = run.trainer.objective.micro_loss
+
+    def broken(*args, **kwargs):
+        out = original(*args, **kwargs)
+        if run.trainer.step_count in (0, 2, 3, 4):
+            out.loss = out.loss * math.nan
+        return out
+
+    run.trainer.objective.micro_loss = broken
+    with pytest.raises(ValueError, match="3 steps in a row had a loss or gradient that is not finite"):
+        run.train()
+    assert run.trainer.step_count == 5
+    assert sum("skipped: its loss or gradient is not finite" in line for line in screen.lines) == 4
+    assert len(RolloutBatch.load(run.folder / "batches" / "step-000005.safetensors")) == 8
+    assert [m["skipped"] for m in run.history()] == [1, 0, 1, 1, 1]
+
+
+def test_a_smaller_token_budget_is_said(tmp_path):
+    screen = Screen()
+    run = create(tmp_path / "run", screen, steps=2)
+    run.trainer.token_budget = 2048
+    run.train()
+    assert screen.lines.count("out of memory: going on with a token budget of 2048") == 1
 
 
 def test_a_damaged_checkpoint_is_named(finished):

@@ -1,0 +1,244 @@
+"""What a batch of rollouts is trained for: a policy loss on advantages, PPO with a critic, or preference pairs.
+
+An objective does two things for ``GRPOTrainer``. ``prepare`` turns the rollouts of a step into the sequences to
+train on, with whatever the loss needs beside them. ``micro_loss`` is the loss of some of those sequences; divided by
+what ``prepare`` counted over the whole batch, the losses of its micro-batches sum to the batch's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..rollout import split_by_budget
+from .advantages import gae_advantages, group_advantages, group_has_signal, multi_reward_advantages, whiten
+from .loss import kl_penalty, kl_reward_penalty, loss_denominator, policy_loss
+
+
+@dataclass
+class MicroLoss:
+    """loss: scalar with a graph; logprobs (S, L): the policy's, detached; kl: sum over tokens, None if unmeasured."""
+
+    loss: torch.Tensor
+    logprobs: torch.Tensor
+    kl: float | None
+
+
+def estimate_advantages(batch, rewards, estimator, *, in_baseline=None):
+    """(S,) advantages of ``batch`` by any estimator of ``group_advantages``, or by "gdpo", reward by reward."""
+    if estimator == "gdpo":
+        terms, weights = batch.reward_terms, batch.reward_weights
+        return multi_reward_advantages(terms, batch.group_ids, weights, in_baseline=in_baseline)
+    lengths = batch.completion_lengths()
+    return group_advantages(rewards, batch.group_ids, estimator, lengths=lengths, in_baseline=in_baseline)
+
+
+class PolicyObjective:
+    """``policy_loss`` of a preset on one advantage a completion."""
+
+    unit = 1  # sequences that a micro-batch must hold together
+
+    def __init__(self, policy, config):
+        self.policy = policy
+        self.config = config
+        self.loss_config = config.loss_config()
+
+    def named_parameters(self):
+        """Trainable parameters besides the adapters: none."""
+        return {}
+
+    def prepare(self, batch):
+        """(the sequences to train on, metrics); remembers the denominator of the whole batch."""
+        learn = torch.ones(len(batch), dtype=torch.bool)
+        if self.config.truncated != "keep":
+            learn = ~batch.truncated
+        rewards, metrics = self.penalised(batch)
+        in_baseline = ~batch.truncated if self.config.truncated == "drop" else None
+        batch.advantages = estimate_advantages(batch, rewards, self.config.estimator, in_baseline=in_baseline)
+        mask = batch.padded_mask() & learn[:, None]
+        self.denominator = loss_denominator(mask, self.loss_config)
+        # Without a KL term a row of zero advantage has no gradient; the denominator has counted it.
+        without_kl = self.loss_config.kl_coef == 0 or self.loss_config.kl_place == "reward"
+        if without_kl and self.loss_config.denominator_scope == "batch":
+            learn &= batch.advantages != 0
+        self.per_micro_batch = self.loss_config.denominator_scope == "micro-batch"
+        return batch.select(learn.nonzero().squeeze(1).tolist()), metrics
+
+    def penalised(self, batch):
+        """(rewards less the KL penalty of each completion, metrics), where the KL's place is the reward."""
+        penalty, metrics = self.token_penalty(batch)
+        return (batch.rewards if penalty is None else batch.rewards - penalty.sum(1)), metrics
+
+    def token_penalty(self, batch):
+        """((S, L) KL penalties of the sampled tokens or None where the KL is not in the reward, metrics)."""
+        if self.loss_config.kl_place != "reward" or self.loss_config.kl_coef == 0:
+            return None, {}
+        mask, sampled = batch.padded_mask(), batch.padded(batch.sampler_logprobs)
+        reference = batch.padded(self.reference(batch).cpu())
+        k3 = kl_penalty(sampled, reference, "k3")[mask]
+        penalty = kl_reward_penalty(sampled, reference, mask, self.loss_config)
+        return penalty, {"kl": k3.mean().item()}
+
+    def micro_loss(self, micro, *, on_policy, micro_batches):
+        """``MicroLoss`` of ``micro``, one of ``micro_batches``; on_policy: these are the weights that sampled it."""
+        logprobs = self.padded(micro, self.score(micro))
+        return self._policy_loss(micro, logprobs, micro.advantages, on_policy, micro_batches)
+
+    def _policy_loss(self, micro, logprobs, advantages, on_policy, micro_batches):
+        mask = micro.padded_mask().to(self.policy.device)
+        sampled = self.padded(micro, micro.sampler_logprobs)
+        denominator = self.denominator
+        if self.per_micro_batch:
+            denominator = micro_batches * loss_denominator(micro.padded_mask(), self.loss_config)
+        with_kl = self.loss_config.kl_coef > 0 and self.loss_config.kl_place == "loss"
+        out = policy_loss(
+            logprobs,
+            logprobs.detach() if on_policy else sampled,
+            advantages.to(self.policy.device),
+            mask,
+            self.loss_config,
+            ref_logprobs=self.padded(micro, self.reference(micro)) if with_kl else None,
+            sampler_logprobs=sampled,
+            denominator=denominator.to(self.policy.device),
+        )
+        return MicroLoss(out.loss, logprobs.detach(), out.kl.detach().sum().item() if with_kl else None)
+
+    def padded(self, batch, values):
+        return batch.padded(values.to(self.policy.device))
+
+    def score(self, batch, **options):
+        return self.policy.score(
+            batch.input_ids,
+            batch.completion_mask,
+            cu_seqlens=batch.cu_seqlens,
+            temperature=self.config.temperature,
+            share_prefix=self.config.share_prefix,
+            **options,
+        )
+
+    @torch.no_grad()
+    def measured(self, batch, score):
+        """``score`` of a batch of any size without gradients, within the token budget; its (N,) results, joined."""
+        runs = split_by_budget(
+            batch.sequences(), self.config.token_budget, share_prefix=self.config.share_prefix
+        )
+        return torch.cat([score(batch.select(rows)) for rows in runs])
+
+    def reference(self, batch):
+        """(N,) log-probs under the base model, without gradients."""
+        with self.policy.disable_adapters():
+            return self.measured(batch, self.score)
+
+
+class PPOObjective(PolicyObjective):
+    """PPO (arXiv 1707.06347): advantages by GAE from a value head on the policy's own last hidden states.
+
+    The value of a token is that of the state before it, so it is read from the hidden state that predicts the token.
+    A completion's reward comes with its last token; a KL penalty in the reward comes token by token.
+    """
+
+    def __init__(self, policy, config):
+        super().__init__(policy, config)
+        # From zero: the first advantages are those of the rewards themselves.
+        weight = torch.zeros(policy.config.hidden_size + 1, device=policy.device)
+        self.value_weight = torch.nn.Parameter(weight)
+
+    def named_parameters(self):
+        return {"value_head.weight": self.value_weight}
+
+    def values(self, hidden_states):
+        """(K,) values of K hidden states (K, D), in float32."""
+        return F.linear(hidden_states.float(), self.value_weight[None, :-1], self.value_weight[-1:]).squeeze(
+            1
+        )
+
+    def prepare(self, batch):
+        learn = torch.ones(len(batch), dtype=torch.bool)
+        if self.config.truncated != "keep":
+            learn = ~batch.truncated
+        mask = batch.padded_mask()
+        penalty, metrics = self.token_penalty(batch)
+        rewards = torch.zeros(mask.shape) if penalty is None else -penalty
+        rewards[torch.arange(len(batch)), batch.completion_lengths() - 1] += batch.rewards
+        old_values = batch.padded(self.measured(batch, lambda rows: self._score_with_values(rows)[1]).cpu())
+        advantages, returns = gae_advantages(
+            rewards, old_values, mask, gamma=self.config.gamma, lam=self.config.gae_lambda
+        )
+        learned = mask & learn[:, None]
+        advantages = whiten(advantages, learned)
+        self.denominator = loss_denominator(learned, self.loss_config)
+        self.per_micro_batch = False
+        self.tokens = learned.sum()
+        columns = {"advantages": advantages, "returns": returns, "old_values": old_values}
+        batch.per_token = {name: batch.unpadded(rows.float()) for name, rows in columns.items()}
+        error = (returns - old_values)[mask]
+        metrics["value_error"] = error.square().mean().item()
+        return batch.select(learn.nonzero().squeeze(1).tolist()), metrics
+
+    def micro_loss(self, micro, *, on_policy, micro_batches):
+        flat_logprobs, flat_values = self._score_with_values(micro)
+        logprobs, values = self.padded(micro, flat_logprobs), self.padded(micro, flat_values)
+        rows = {name: self.padded(micro, values) for name, values in micro.per_token.items()}
+        result = self._policy_loss(micro, logprobs, rows["advantages"], on_policy, micro_batches)
+        mask = micro.padded_mask().to(self.policy.device)
+        error = value_loss(values, rows["old_values"], rows["returns"], mask, self.config.value_clip)
+        result.loss = result.loss + self.config.value_coef * error / self.tokens.clamp(min=1)
+        return result
+
+    def _score_with_values(self, batch):
+        """(N,) log-probs and (N,) values of the completion tokens, 0 elsewhere."""
+        logprobs, hidden_states = self.score(batch, return_hidden_states=True)
+        mask = batch.completion_mask.to(logprobs.device)
+        return logprobs, logprobs.new_zeros(mask.shape).masked_scatter(mask, self.values(hidden_states))
+
+
+def value_loss(values, old_values, returns, mask, clip):
+    """Sum over ``mask`` of max((V - R)^2, (V_clipped - R)^2) / 2, V_clipped within ``clip`` of old V; all (S, L).
+
+    The clip is that of PPO's reference implementation (arXiv 2005.12729, section 2).
+    """
+    # What stands outside the mask is replaced before any arithmetic: NaN there reaches no gradient.
+    values, old_values, returns = (torch.where(mask, rows, 0.0) for rows in (values, old_values, returns))
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    worse = torch.maximum((values - returns).square(), (clipped - returns).square())
+    return worse.sum() / 2
+
+
+class OnlineDPOObjective(PolicyObjective):
+    """Online DPO (arXiv 2402.04792): the best and the worst completion of each prompt, ranked by reward.
+
+        -log sigmoid(beta [(log pi - log ref)(best) - (log pi - log ref)(worst)]), the mean over pairs
+
+    Log-probs are summed over a completion. A group without two different rewards gives no pair; among equals the
+    first counts.
+    """
+
+    unit = 2
+
+    def prepare(self, batch):
+        rewards, metrics = self.penalised(batch)
+        pairs = best_and_worst(rewards, batch.group_ids)
+        self.pairs = len(pairs)
+        metrics["pairs"] = len(pairs)
+        return batch.select([row for pair in pairs for row in pair]), metrics
+
+    def micro_loss(self, micro, *, on_policy, micro_batches):
+        logprobs = self.padded(micro, self.score(micro))
+        reference = self.padded(micro, self.reference(micro))
+        best, worst = (logprobs - reference).sum(1).view(-1, 2).unbind(1)
+        loss = -F.logsigmoid(self.config.dpo_beta * (best - worst)).sum() / max(1, self.pairs)
+        k3 = kl_penalty(logprobs.detach(), reference, "k3")  # 0 where padded: both log-probs are 0 there
+        return MicroLoss(loss, logprobs.detach(), k3.sum().item())
+
+
+def best_and_worst(rewards, group_ids):
+    """[(row of the highest, row of the lowest reward)] of each group whose rewards are not all equal."""
+    signal = group_has_signal(rewards, group_ids)
+    pairs = []
+    for group in group_ids[signal].unique().tolist():
+        rows = (group_ids == group).nonzero().squeeze(1)
+        pairs.append((rows[rewards[rows].argmax()].item(), rows[rewards[rows].argmin()].item()))
+    return pairs
+
+
+OBJECTIVES = {"policy": PolicyObjective, "ppo": PPOObjective, "online_dpo": OnlineDPOObjective}
