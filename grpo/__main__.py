@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+import time
 import types
 import typing
 
@@ -155,8 +156,13 @@ def _sample(arguments):
     )
     policy = _load(arguments)
     prompt = policy.tokenizer.apply_chat_template([{"role": "user", "content": arguments.prompt}])
-    [[completion]] = Sampler(policy, max_batch=1).generate([prompt], params)
-    print(completion.text)
+    show = lambda prompt, member, piece: print(piece, end="", flush=True)
+    start = time.perf_counter()
+    [[completion]] = Sampler(policy, max_batch=1).generate([prompt], params, on_text=show)
+    seconds = time.perf_counter() - start
+    print()
+    count = len(completion.token_ids)
+    print(f"{count} tokens, {count / seconds:.1f} tokens/s with the prompt's {len(prompt)}", file=sys.stderr)
     return 0
 
 

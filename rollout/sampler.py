@@ -9,6 +9,7 @@ from .kv_cache import BlockAllocator, KVCache
 from .model import MIN_ROWS
 from .sampling import SamplingParams, counter_uniform, sample
 from .scheduler import Scheduler
+from .streaming import TextStream
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,15 @@ class Sampler:
         self.block_size = block_size
 
     @torch.no_grad()
-    def generate(self, prompts, params=None, *, group_size=1):
+    def generate(self, prompts, params=None, *, group_size=1, on_text=None):
         """Complete every prompt ``group_size`` times.
 
         Args:
             prompts: list of lists of token ids, none empty.
             params: ``SamplingParams``.
             group_size: completions a prompt.
+            on_text: called as on_text(prompt index, member, piece) whenever a completion's text grows; its pieces
+                joined are the completion's text.
 
         Returns:
             list (a prompt) of lists (a member of its group) of ``Completion``, in the order of ``prompts``.
@@ -68,6 +71,7 @@ class Sampler:
         for index, prompt in enumerate(prompts):
             scheduler.add_group(index, prompt, group_size)
         results = [[None] * group_size for _ in prompts]
+        streams = {}
         while scheduler.has_work():
             admitted = scheduler.admit()
             if admitted:
@@ -77,10 +81,23 @@ class Sampler:
                 sequences = scheduler.running
                 logits, rows = self._decode(cache, sequences)
             self._extend(sequences, logits, rows, params)
+            if on_text is not None:
+                self._stream(sequences, params, streams, on_text)
             for sequence in [s for s in sequences if s.finish_reason]:
                 scheduler.finish(sequence)
                 results[sequence.prompt_index][sequence.group_index] = self._complete(sequence, params)
         return results
+
+    def _stream(self, sequences, params, streams, on_text):
+        for sequence in sequences:
+            key = sequence.prompt_index, sequence.group_index
+            stream = streams.setdefault(key, TextStream(self.policy.tokenizer.decode, params.stop))
+            if sequence.finish_reason:
+                piece = stream.finish(self._complete(sequence, params).text)
+            else:
+                piece = stream.grow(sequence.completion)
+            if piece:
+                on_text(*key, piece)
 
     def _check(self, prompts, params, group_size):
         config = self.policy.config
