@@ -3,9 +3,25 @@
 ``GRPOTrainer`` is loaded when first asked for, so that the loss and the advantages need torch alone.
 """
 
-from .advantages import group_advantages, group_has_signal
+from .advantages import (
+    gae_advantages,
+    group_advantages,
+    group_has_signal,
+    multi_reward_advantages,
+    whiten,
+)
 from .config import GRPOConfig
-from .loss import PRESETS, LossConfig, LossOutput, kl_penalty, loss_denominator, policy_loss, preset
+from .loss import (
+    PRESETS,
+    LossConfig,
+    LossOutput,
+    entropy_quantile,
+    kl_penalty,
+    kl_reward_penalty,
+    loss_denominator,
+    policy_loss,
+    preset,
+)
 from .rollout_batch import RolloutBatch
 
 __all__ = [
@@ -15,12 +31,17 @@ __all__ = [
     "LossConfig",
     "LossOutput",
     "RolloutBatch",
+    "entropy_quantile",
+    "gae_advantages",
     "group_advantages",
     "group_has_signal",
     "kl_penalty",
+    "kl_reward_penalty",
     "loss_denominator",
+    "multi_reward_advantages",
     "policy_loss",
     "preset",
+    "whiten",
 ]
 
 

@@ -160,7 +160,7 @@ def _sample(arguments):
     start = time.perf_counter()
     [[completion]] = Sampler(policy, max_batch=1).generate([prompt], params, on_text=show)
     seconds = time.perf_counter() - start
-    print()
+    print(flush=True)
     count = len(completion.token_ids)
     print(f"{count} tokens, {count / seconds:.1f} tokens/s with the prompt's {len(prompt)}", file=sys.stderr)
     return 0

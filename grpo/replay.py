@@ -80,7 +80,8 @@ def _gradients(policy, batch, cells, token_budget):
     parameters = list(policy.adapters().values())
     longest = int(batch.completion_lengths().max())
     configs = [cell.config(longest) for cell in cells]
-    denominators = [loss_denominator(batch.padded_mask(), config) for config in configs]
+    mask, group_ids = batch.padded_mask(), batch.group_ids
+    denominators = [loss_denominator(mask, config, group_ids) for config in configs]
     advantages = [estimate_advantages(batch, batch.rewards, cell.estimator) for cell in cells]
     losses = [0.0] * len(cells)
     gradients = torch.zeros(len(cells), sum(p.numel() for p in parameters))
@@ -96,6 +97,8 @@ def _gradients(policy, batch, cells, token_budget):
         sampled = micro.padded(micro.sampler_logprobs).to(logprobs.device)
         for index, config in enumerate(configs):
             leaf = logprobs.detach().requires_grad_()
+            # "prompt-mean" divides each row by its own number.
+            denominator = denominators[index][rows] if denominators[index].ndim else denominators[index]
             out = policy_loss(
                 leaf,
                 sampled,
@@ -103,7 +106,7 @@ def _gradients(policy, batch, cells, token_budget):
                 mask,
                 config,
                 ref_logprobs=reference if config.kl_coef else None,
-                denominator=denominators[index].to(logprobs.device),
+                denominator=denominator.to(logprobs.device),
             )
             (per_token,) = torch.autograd.grad(out.loss, leaf)
             found = torch.autograd.grad(logprobs, parameters, per_token, retain_graph=True)
@@ -124,14 +127,14 @@ class Replay:
     def table(self):
         """Lines of text: each cell's loss, gradient norm and cosine to the first cell."""
         width = max(len(cell.name) for cell in self.cells)
-        lines = [f"{'':{width}} | {'loss':>28} | {'gradient norm':>28} | {'cosine to the first':>28}"]
+        lines = [f"{'':{width}} | {'loss':>32} | {'gradient norm':>32} | {'cosine to the first':>32}"]
         for index, cell in enumerate(self.cells):
             columns = (
                 [row[index] for row in self.losses],
                 [row[index] for row in self.norms],
                 [matrix[0][index] for matrix in self.cosines],
             )
-            lines.append(f"{cell.name:{width}} | " + " | ".join(f"{_shown(c):>28}" for c in columns))
+            lines.append(f"{cell.name:{width}} | " + " | ".join(f"{_shown(c):>32}" for c in columns))
         return lines
 
     def save(self, folder):

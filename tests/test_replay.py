@@ -30,6 +30,7 @@ CELLS = [
     Cell("dr_grpo", "dr_grpo"),
     Cell("grpo", "rloo", kl_coef=0.2),
     Cell("dapo", "grpo", kl_coef=0.2, kl_gradient="plain"),
+    Cell("grpo", "grpo", aggregate="prompt-mean"),
 ]
 
 
