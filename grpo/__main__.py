@@ -55,9 +55,10 @@ def _parser():
     lists = {"type": _names, "metavar": "NAME,..."}
     replay.add_argument("--losses", **lists, default=["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
     replay.add_argument("--estimators", **lists, default=["grpo", "dr_grpo"])
-    replay.add_argument("--kl-coefs", **lists, default=["0"], help="0 is no KL term")
-    replay.add_argument("--kl-gradients", **lists, default=["corrected"])
+    replay.add_argument("--kl-coefs", type=_numbers, metavar="X,...", default=[0.0], help="0 is no KL term")
+    replay.add_argument("--kl-gradients", **lists, default=[None], help="default: each loss's own")
     replay.add_argument("--aggregates", **lists, default=[None], help="default: each loss's own")
+    replay.add_argument("--max-completion-length", type=int, help="the run's; default: the longest there is")
     replay.add_argument("--token-budget", type=int, default=4096)
     replay.add_argument("--out", default="replay", help="folder for replay.json and replay.png")
     replay.set_defaults(run=_replay)
@@ -102,6 +103,10 @@ def _load(arguments):
     return policy
 
 
+def _numbers(text):
+    return [float(name) for name in _names(text)]
+
+
 def _replay(arguments):
     from ..rollout import LoraConfig
     from .replay import grid, replay
@@ -110,7 +115,7 @@ def _replay(arguments):
     cells = grid(
         arguments.losses,
         arguments.estimators,
-        [float(text) for text in arguments.kl_coefs],
+        arguments.kl_coefs,
         arguments.kl_gradients,
         arguments.aggregates,
     )
@@ -118,7 +123,11 @@ def _replay(arguments):
     policy = _load(arguments)
     if policy.lora is None:
         policy.add_adapters(LoraConfig())
-    result = replay(policy, batches, cells, token_budget=arguments.token_budget)
+    options = {
+        "token_budget": arguments.token_budget,
+        "max_completion_length": arguments.max_completion_length,
+    }
+    result = replay(policy, batches, cells, **options)
     result.save(arguments.out)
     print(f"{len(batches)} batches, {len(cells)} cells; mean [95% bootstrap interval over batches]")
     print("\n".join(result.table()))

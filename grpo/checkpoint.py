@@ -64,14 +64,21 @@ def load_checkpoint(path, parameters, optimizer):
     if set(saved) != set(parameters):
         odd = sorted(set(saved) ^ set(parameters))[:3]
         raise ValueError(f"checkpoint {path} does not fit this run, first differences: {odd}")
+    moments = {(m, name): tensors.get(f"{m}.{name}") for m in MOMENTS for name in parameters}
+    started = any(moment is not None for moment in moments.values())
     for name, parameter in parameters.items():
-        if (got := tuple(saved[name].shape)) != (expected := tuple(parameter.shape)):
-            raise ValueError(f"checkpoint {path}: {name} has shape {got}, expected {expected}")
+        for what, tensor in [(name, saved[name])] + [
+            (f"{m}.{name}", moments[m, name]) for m in MOMENTS if started
+        ]:
+            got, expected = None if tensor is None else tuple(tensor.shape), tuple(parameter.shape)
+            if got != expected:
+                raise ValueError(f"checkpoint {path}: {what} has shape {got}, expected {expected}")
+    if started and "optimizer_step" not in tensors:
+        raise ValueError(f"checkpoint {path} is damaged: it has no optimizer_step")
     for name, parameter in parameters.items():
         parameter.data.copy_(saved[name])
-        moments = {moment: tensors.get(f"{moment}.{name}") for moment in MOMENTS}
-        if all(tensor is not None for tensor in moments.values()):
-            state = {moment: tensor.to(parameter.device) for moment, tensor in moments.items()}
+        if started:
+            state = {moment: moments[moment, name].to(parameter.device) for moment in MOMENTS}
             # The fused optimiser counts its steps on the parameter's device, in a tensor of each parameter's own.
             state["step"] = tensors["optimizer_step"].clone().to(parameter.device)
             optimizer.state[parameter] = state

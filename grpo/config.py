@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from .advantages import ESTIMATORS
 from .algorithms import ALGORITHMS, find_algorithm
 from .rewards import REWARDS, parse_rewards
 from .tasks import TASKS, find_task
+
+MAX_SEED = 2**31
 
 
 def setting(default, help):
@@ -84,6 +87,12 @@ class GRPOConfig:
         for name in ("estimator", "kl_place"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(algorithm.loss, name))
+        for known in dataclasses.fields(self):
+            value = getattr(self, known.name)
+            if known.type is int and type(value) is not int:
+                raise ValueError(f"{known.name} must be an integer, got {value!r}")
+            if isinstance(value, float) and math.isinf(value):
+                raise ValueError(f"{known.name} must be finite, got {value}")
         at_least = {
             "steps": 1,
             "prompts_per_step": 1,
@@ -114,12 +123,14 @@ class GRPOConfig:
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
-        if self.group_size < 2:
+        if self.group_size < (1 if algorithm.objective == "ppo" else 2):
             raise ValueError(
-                f"group_size must be at least 2, got {self.group_size}: the {self.estimator} advantage compares the "
-                "completions of a prompt with each other"
+                f"group_size must be at least 2, got {self.group_size}: {self.algorithm} compares the completions of "
+                "a prompt with each other"
             )
-        fitting = ["gae"] if algorithm.objective == "ppo" else ["gdpo", *ESTIMATORS]
+        if self.seed >= MAX_SEED:
+            raise ValueError(f"seed must be below {MAX_SEED}, got {self.seed}")
+        fitting = ["gdpo", *ESTIMATORS] if algorithm.objective == "policy" else [algorithm.loss.estimator]
         if self.estimator not in fitting:
             raise ValueError(
                 f"estimator of {self.algorithm} must be one of {', '.join(fitting)}, got {self.estimator!r}"
@@ -135,6 +146,8 @@ class GRPOConfig:
                 f"overlong_buffer must be at most max_completion_length = {self.max_completion_length}, "
                 f"got {self.overlong_buffer}"
             )
+        if algorithm.objective == "online_dpo" and self.sampler_correction is not None:
+            raise ValueError("sampler_correction is for losses with a ratio; online_dpo has none")
         self.loss_config()
         if self.quantize not in (None, "nf4", "int4"):
             raise ValueError(f"quantize must be nf4 or int4, got {self.quantize!r}")

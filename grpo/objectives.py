@@ -17,7 +17,7 @@ from .loss import kl_penalty, kl_reward_penalty, loss_denominator, policy_loss
 
 @dataclass
 class MicroLoss:
-    """loss: scalar with a graph; logprobs (S, L): the policy's, detached; kl: sum over tokens, None if unmeasured."""
+    """loss: scalar with a graph; logprobs (S, L): the policy's, detached; kl: k3 summed over tokens, if measured."""
 
     loss: torch.Tensor
     logprobs: torch.Tensor
@@ -25,12 +25,30 @@ class MicroLoss:
 
 
 def estimate_advantages(batch, rewards, estimator, *, in_baseline=None):
-    """(S,) advantages of ``batch`` by any estimator of ``group_advantages``, or by "gdpo", reward by reward."""
+    """(S,) advantages of ``batch`` by any estimator of ``group_advantages``, or by "gdpo", reward by reward.
+
+    rewards (S,): those of the batch, possibly less a penalty, which "gdpo" takes as one more reward.
+    """
     if estimator == "gdpo":
-        terms, weights = batch.reward_terms, batch.reward_weights
+        penalty = rewards - batch.rewards
+        terms = torch.cat([batch.reward_terms, penalty[:, None]], 1)
+        weights = torch.cat([batch.reward_weights, torch.ones(1)])
         return multi_reward_advantages(terms, batch.group_ids, weights, in_baseline=in_baseline)
     lengths = batch.completion_lengths()
     return group_advantages(rewards, batch.group_ids, estimator, lengths=lengths, in_baseline=in_baseline)
+
+
+def has_signal(batch, config):
+    """(S,) bool: whether a row's group can teach anything, as the run's estimator and baseline see it."""
+    inside = ~batch.truncated if config.truncated == "drop" else torch.ones_like(batch.truncated)
+    columns = [batch.rewards]
+    if config.estimator == "gdpo":
+        columns = batch.reward_terms.unbind(1)
+    found = torch.zeros_like(batch.truncated)
+    for column in columns:
+        applies = ~column.isnan()
+        found |= group_has_signal(column.nan_to_num(), batch.group_ids, in_baseline=inside & applies)
+    return found
 
 
 class PolicyObjective:
@@ -42,6 +60,7 @@ class PolicyObjective:
         self.policy = policy
         self.config = config
         self.loss_config = config.loss_config()
+        self.token_budget = config.token_budget
 
     def named_parameters(self):
         """Trainable parameters besides the adapters: none."""
@@ -69,14 +88,19 @@ class PolicyObjective:
         penalty, metrics = self.token_penalty(batch)
         return (batch.rewards if penalty is None else batch.rewards - penalty.sum(1)), metrics
 
-    def token_penalty(self, batch):
-        """((S, L) KL penalties of the sampled tokens or None where the KL is not in the reward, metrics)."""
+    def token_penalty(self, batch, scored=None):
+        """((S, L) KL penalties of the sampled tokens or None where the KL is not in the reward, metrics).
+
+        Both log-probs are the trainer's: the sampler's rounding would pass for a difference between completions.
+        scored (N,): the policy's, where they are known.
+        """
         if self.loss_config.kl_place != "reward" or self.loss_config.kl_coef == 0:
             return None, {}
-        mask, sampled = batch.padded_mask(), batch.padded(batch.sampler_logprobs)
+        mask = batch.padded_mask()
+        scored = batch.padded((self.measured(batch, self.score) if scored is None else scored).cpu())
         reference = batch.padded(self.reference(batch).cpu())
-        k3 = kl_penalty(sampled, reference, "k3")[mask]
-        penalty = kl_reward_penalty(sampled, reference, mask, self.loss_config)
+        k3 = kl_penalty(scored, reference, "k3")[mask]
+        penalty = kl_reward_penalty(scored, reference, mask, self.loss_config)
         return penalty, {"kl": k3.mean().item()}
 
     def micro_loss(self, micro, *, on_policy, micro_batches):
@@ -93,7 +117,7 @@ class PolicyObjective:
         with_kl = self.loss_config.kl_coef > 0 and self.loss_config.kl_place == "loss"
         out = policy_loss(
             logprobs,
-            logprobs.detach() if on_policy else sampled,
+            logprobs.detach() if on_policy else self.padded(micro, micro.per_token["old_logprobs"]),
             advantages.to(self.policy.device),
             mask,
             self.loss_config,
@@ -101,7 +125,8 @@ class PolicyObjective:
             sampler_logprobs=sampled,
             denominator=denominator.to(self.policy.device),
         )
-        return MicroLoss(out.loss, logprobs.detach(), out.kl.detach().sum().item() if with_kl else None)
+        kl = (out.metrics["kl_k3"] * mask.sum()).item() if with_kl else None
+        return MicroLoss(out.loss, logprobs.detach(), kl)
 
     def padded(self, batch, values):
         return batch.padded(values.to(self.policy.device))
@@ -119,9 +144,7 @@ class PolicyObjective:
     @torch.no_grad()
     def measured(self, batch, score):
         """``score`` of a batch of any size without gradients, within the token budget; its (N,) results, joined."""
-        runs = split_by_budget(
-            batch.sequences(), self.config.token_budget, share_prefix=self.config.share_prefix
-        )
+        runs = split_by_budget(batch.sequences(), self.token_budget, share_prefix=self.config.share_prefix)
         return torch.cat([score(batch.select(rows)) for rows in runs])
 
     def reference(self, batch):
@@ -148,19 +171,19 @@ class PPOObjective(PolicyObjective):
 
     def values(self, hidden_states):
         """(K,) values of K hidden states (K, D), in float32."""
-        return F.linear(hidden_states.float(), self.value_weight[None, :-1], self.value_weight[-1:]).squeeze(
-            1
-        )
+        weight, bias = self.value_weight[:-1], self.value_weight[-1]
+        return hidden_states.float() @ weight + bias
 
     def prepare(self, batch):
         learn = torch.ones(len(batch), dtype=torch.bool)
         if self.config.truncated != "keep":
             learn = ~batch.truncated
         mask = batch.padded_mask()
-        penalty, metrics = self.token_penalty(batch)
+        scored = self.measured(batch, lambda rows: torch.stack(self._score_with_values(rows), 1)).cpu()
+        penalty, metrics = self.token_penalty(batch, scored[:, 0])
         rewards = torch.zeros(mask.shape) if penalty is None else -penalty
         rewards[torch.arange(len(batch)), batch.completion_lengths() - 1] += batch.rewards
-        old_values = batch.padded(self.measured(batch, lambda rows: self._score_with_values(rows)[1]).cpu())
+        old_values = batch.padded(scored[:, 1])
         advantages, returns = gae_advantages(
             rewards, old_values, mask, gamma=self.config.gamma, lam=self.config.gae_lambda
         )
@@ -217,10 +240,13 @@ class OnlineDPOObjective(PolicyObjective):
 
     def prepare(self, batch):
         rewards, metrics = self.penalised(batch)
-        pairs = best_and_worst(rewards, batch.group_ids)
+        learn = torch.arange(len(batch))
+        if self.config.truncated != "keep":
+            learn = learn[~batch.truncated]
+        pairs = best_and_worst(rewards[learn], batch.group_ids[learn])
         self.pairs = len(pairs)
         metrics["pairs"] = len(pairs)
-        return batch.select([row for pair in pairs for row in pair]), metrics
+        return batch.select([learn[row].item() for pair in pairs for row in pair]), metrics
 
     def micro_loss(self, micro, *, on_policy, micro_batches):
         logprobs = self.padded(micro, self.score(micro))

@@ -11,6 +11,7 @@ batches with a 95% bootstrap interval. Takes 4 bytes a cell and adapter paramete
 """
 
 import json
+import math
 import random
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ..rollout import split_by_budget
-from .loss import loss_denominator, policy_loss, preset
+from .loss import kl_reward_penalty, loss_denominator, policy_loss, preset
 from .objectives import estimate_advantages
 
 RESAMPLES = 2000
@@ -27,86 +28,117 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to turn rollouts into a gradient; aggregate: None for the preset's own."""
+    """One way to turn rollouts into a gradient; kl_gradient and aggregate: None for the preset's own."""
 
     loss: str
     estimator: str
     kl_coef: float = 0.0
-    kl_gradient: str = "corrected"
+    kl_gradient: str | None = None
     aggregate: str | None = None
 
     @property
     def name(self):
-        kl = f" + {self.kl_coef:g} KL {self.kl_gradient}" if self.kl_coef else ""
+        kl = " ".join([f" + {self.kl_coef:g} KL", *filter(None, [self.kl_gradient])]) if self.kl_coef else ""
         return f"{self.loss} / {self.estimator}{kl}" + (f" / {self.aggregate}" if self.aggregate else "")
 
     def config(self, max_completion_length):
-        changes = {"kl_coef": self.kl_coef, "max_completion_length": max_completion_length}
-        if self.kl_coef:
-            changes["kl_gradient"] = self.kl_gradient
-        if self.aggregate:
-            changes["aggregate"] = self.aggregate
-        return preset(self.loss, **changes)
+        chosen = {"kl_gradient": self.kl_gradient if self.kl_coef else None, "aggregate": self.aggregate}
+        return preset(
+            self.loss,
+            kl_coef=self.kl_coef,
+            max_completion_length=max_completion_length,
+            **{name: value for name, value in chosen.items() if value is not None},
+        )
 
 
-def grid(losses, estimators, kl_coefs=(0.0,), kl_gradients=("corrected",), aggregates=(None,)):
+def grid(losses, estimators, kl_coefs=(0.0,), kl_gradients=(None,), aggregates=(None,)):
     """Every combination as a ``Cell``; without a KL term its gradient makes no difference and is not repeated."""
     cells = []
     for loss, estimator, kl_coef, kl_gradient, aggregate in product(
         losses, estimators, kl_coefs, kl_gradients, aggregates
     ):
-        cell = Cell(loss, estimator, kl_coef, kl_gradient if kl_coef else "corrected", aggregate)
+        cell = Cell(loss, estimator, kl_coef, kl_gradient if kl_coef else None, aggregate)
         if cell not in cells:
             cells.append(cell)
     return cells
 
 
-def replay(policy, batches, cells, *, token_budget=4096):
-    """``Replay`` of ``cells`` on ``batches`` (list of ``RolloutBatch``) under the present weights of ``policy``."""
+def replay(policy, batches, cells, *, token_budget=4096, max_completion_length=None):
+    """``Replay`` of ``cells`` on ``batches`` (list of ``RolloutBatch``) under the present weights of ``policy``.
+
+    max_completion_length: the run's, which some losses divide by; None: the longest completion of all batches.
+    Raises ValueError without a cell or a batch, and for tokens that the policy does not know.
+    """
+    if not cells or not batches:
+        raise ValueError(f"got {len(cells)} cells and {len(batches)} batches, expected at least one of each")
+    for number, batch in enumerate(batches):
+        top, vocabulary = int(batch.input_ids.max()), policy.config.vocab_size
+        if top >= vocabulary:
+            raise ValueError(
+                f"batch {number} holds token {top}, but {policy.name} has a vocabulary of {vocabulary}"
+            )
+    longest = max(int(batch.completion_lengths().max()) for batch in batches)
+    configs = [cell.config(max_completion_length or longest) for cell in cells]
     losses, norms, cosines = [], [], []
     for batch in batches:
-        loss, gradients = _gradients(policy, batch, cells, token_budget)
+        loss, gradients = _gradients(policy, batch, cells, configs, token_budget)
         gram = (gradients @ gradients.T).double()
         norm = gram.diagonal().sqrt()
-        # A zero gradient has no direction: its cosines are NaN.
-        cosines.append((gram / (norm[:, None] * norm)).tolist())
+        cosine = gram / (norm[:, None] * norm)
+        # A zero gradient has no direction.
+        cosines.append([[None if math.isnan(value) else value for value in row] for row in cosine.tolist()])
         losses.append(loss)
         norms.append(norm.tolist())
     return Replay(cells, losses, norms, cosines)
 
 
-def _gradients(policy, batch, cells, token_budget):
+def _gradients(policy, batch, cells, configs, token_budget):
     """(loss of each cell, (C, P) gradients to the adapters) of one batch."""
     parameters = list(policy.adapters().values())
-    longest = int(batch.completion_lengths().max())
-    configs = [cell.config(longest) for cell in cells]
-    mask, group_ids = batch.padded_mask(), batch.group_ids
-    denominators = [loss_denominator(mask, config, group_ids) for config in configs]
-    advantages = [estimate_advantages(batch, batch.rewards, cell.estimator) for cell in cells]
-    losses = [0.0] * len(cells)
-    gradients = torch.zeros(len(cells), sum(p.numel() for p in parameters))
-    for rows in split_by_budget(batch.sequences(), token_budget):
+    runs = split_by_budget(batch.sequences(), token_budget)
+
+    place = lambda values: values.to(policy.device)
+
+    def score(rows):
         micro = batch.select(rows)
         options = {"cu_seqlens": micro.cu_seqlens, "temperature": float(batch.temperature)}
-        logprobs = micro.padded(policy.score(micro.input_ids, micro.completion_mask, **options))
-        reference = None
-        if any(cell.kl_coef for cell in cells):
-            with torch.no_grad(), policy.disable_adapters():
-                reference = micro.padded(policy.score(micro.input_ids, micro.completion_mask, **options))
-        mask = micro.padded_mask().to(logprobs.device)
-        sampled = micro.padded(micro.sampler_logprobs).to(logprobs.device)
+        return policy.score(micro.input_ids, micro.completion_mask, **options)
+
+    mask, scored, reference = batch.padded_mask(), None, None
+    if any(config.kl_coef for config in configs):
+        with torch.no_grad():
+            scored = batch.padded(torch.cat([score(rows) for rows in runs]).cpu())
+            with policy.disable_adapters():
+                reference = batch.padded(torch.cat([score(rows) for rows in runs]).cpu())
+    advantages, denominators = [], []
+    for cell, config in zip(cells, configs, strict=True):
+        rewards = batch.rewards
+        if config.kl_coef and config.kl_place == "reward":
+            rewards = rewards - kl_reward_penalty(scored, reference, mask, config).sum(1)
+        advantages.append(estimate_advantages(batch, rewards, cell.estimator))
+        denominators.append(loss_denominator(mask, config, batch.group_ids))
+    losses = [0.0] * len(cells)
+    gradients = torch.zeros(len(cells), sum(p.numel() for p in parameters))
+    for rows in runs:
+        micro = batch.select(rows)
+        logprobs = micro.padded(score(rows))
+        width = logprobs.shape[1]
         for index, config in enumerate(configs):
             leaf = logprobs.detach().requires_grad_()
-            # "prompt-mean" divides each row by its own number.
-            denominator = denominators[index][rows] if denominators[index].ndim else denominators[index]
+            denominator = denominators[index]
+            if config.denominator_scope == "micro-batch":
+                denominator = len(runs) * loss_denominator(micro.padded_mask(), config, micro.group_ids)
+            elif denominator.ndim:  # "prompt-mean" divides each row by its own number
+                denominator = denominator[rows]
+            with_kl = config.kl_coef and config.kl_place == "loss"
             out = policy_loss(
                 leaf,
-                sampled,
-                advantages[index][rows].to(logprobs.device),
-                mask,
+                place(micro.padded(micro.sampler_logprobs)),
+                place(advantages[index][rows]),
+                place(micro.padded_mask()),
                 config,
-                ref_logprobs=reference if config.kl_coef else None,
-                denominator=denominator.to(logprobs.device),
+                ref_logprobs=place(reference[rows, :width]) if with_kl else None,
+                denominator=place(denominator),
             )
             (per_token,) = torch.autograd.grad(out.loss, leaf)
             found = torch.autograd.grad(logprobs, parameters, per_token, retain_graph=True)
@@ -117,25 +149,33 @@ def _gradients(policy, batch, cells, token_budget):
 
 @dataclass(frozen=True)
 class Replay:
-    """losses, norms: a row a batch, a column a cell; cosines: for each batch the matrix between cells."""
+    """losses, norms: a row a batch, a column a cell; cosines: for each batch the matrix between cells.
+
+    The cosine is None where one of the two gradients is zero; means and intervals leave such batches out.
+    """
 
     cells: list[Cell]
     losses: list[list[float]]
     norms: list[list[float]]
-    cosines: list[list[list[float]]]
+    cosines: list[list[list[float | None]]]
 
     def table(self):
         """Lines of text: each cell's loss, gradient norm and cosine to the first cell."""
-        width = max(len(cell.name) for cell in self.cells)
-        lines = [f"{'':{width}} | {'loss':>32} | {'gradient norm':>32} | {'cosine to the first':>32}"]
+        rows = [("", "loss", "gradient norm", "cosine to the first")]
         for index, cell in enumerate(self.cells):
             columns = (
                 [row[index] for row in self.losses],
                 [row[index] for row in self.norms],
                 [matrix[0][index] for matrix in self.cosines],
             )
-            lines.append(f"{cell.name:{width}} | " + " | ".join(f"{_shown(c):>32}" for c in columns))
-        return lines
+            rows.append((cell.name, *map(_shown, columns)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return [
+            " | ".join(
+                [name.ljust(widths[0]), *(v.rjust(w) for v, w in zip(values, widths[1:], strict=True))]
+            )
+            for name, *values in rows
+        ]
 
     def save(self, folder):
         """Write replay.json, everything measured, and replay.png, the mean cosines."""
@@ -147,7 +187,8 @@ class Replay:
     def _plot(self, path):
         from matplotlib.figure import Figure
 
-        mean = torch.tensor(self.cosines, dtype=torch.float64).mean(0)
+        known = [[[math.nan if value is None else value for value in row] for row in m] for m in self.cosines]
+        mean = torch.tensor(known, dtype=torch.float64).nanmean(0)
         size = 3 + 0.45 * len(self.cells)
         figure = Figure(figsize=(size + 2, size), layout="constrained")
         axes = figure.subplots()
@@ -172,5 +213,8 @@ def bootstrap_interval(values, resamples=RESAMPLES):
 
 
 def _shown(values):
+    values = [value for value in values if value is not None]
+    if not values:
+        return "none"
     text, interval = f"{sum(values) / len(values):.4g}", bootstrap_interval(values)
     return text if interval is None else f"{text} [{interval[0]:.4g}, {interval[1]:.4g}]"

@@ -1,5 +1,6 @@
 """Reward functions called side by side, each within a time limit."""
 
+import contextlib
 import queue
 import threading
 import time
@@ -7,6 +8,7 @@ import time
 from .rewards import RewardError
 
 WORKERS = 8
+PATIENCE = 0.5  # seconds between looks at the clock
 
 
 def score(rewards, pairs, *, timeout):
@@ -15,15 +17,17 @@ def score(rewards, pairs, *, timeout):
     At most ``WORKERS`` calls run at once, in threads, which suits functions that wait for something (a request, a
     subprocess); pure Python ones take turns as ever. Raises RewardError with the function and the completion for the
     first call, in order, that raised or returned no finite number, and for one that took more than ``timeout``
-    seconds; that one's thread is left behind and does not keep the process from ending.
+    seconds. That one's thread is left behind and does not keep the process from ending; code that never lets go of
+    the interpreter, such as one endless regular expression, cannot be timed from within.
     """
     calls = [(reward, completion, example) for completion, example in pairs for reward in rewards]
     waiting, finished, began, outcomes = queue.SimpleQueue(), queue.SimpleQueue(), {}, {}
     for index in range(len(calls)):
         waiting.put(index)
+    stop = threading.Event()
 
     def work():
-        while True:
+        while not stop.is_set():
             try:
                 index = waiting.get_nowait()
             except queue.Empty:
@@ -37,22 +41,22 @@ def score(rewards, pairs, *, timeout):
 
     for _ in range(min(WORKERS, len(calls))):
         threading.Thread(target=work, daemon=True).start()
-    while len(outcomes) < len(calls):
-        running = {index: start for index, start in began.copy().items() if index not in outcomes}
-        oldest = min(running, key=running.get, default=None)
-        left = timeout if oldest is None else running[oldest] + timeout - time.monotonic()
-        try:
-            index, outcome = finished.get(timeout=max(0.0, left))
-            outcomes[index] = outcome
-        except queue.Empty:
-            if oldest is None:
-                continue
-            reward, completion, _ = calls[oldest]
-            raise RewardError(
-                f"reward function {reward.name} took more than {timeout:g} s on completion {completion.text!r}"
-            ) from None
-    for index in range(len(calls)):
-        if isinstance(outcomes[index], RewardError):
-            raise outcomes[index]
+    try:
+        while len(outcomes) < len(calls):
+            with contextlib.suppress(queue.Empty):
+                index, outcome = finished.get(timeout=min(timeout, PATIENCE))
+                outcomes[index] = outcome
+            running = {index: start for index, start in began.copy().items() if index not in outcomes}
+            oldest = min(running, key=running.get, default=None)
+            if oldest is not None and time.monotonic() - running[oldest] > timeout and finished.empty():
+                reward, completion, _ = calls[oldest]
+                raise RewardError(
+                    f"reward function {reward.name} took more than {timeout:g} s on completion {completion.text!r}"
+                )
+        for index in range(len(calls)):
+            if isinstance(outcomes[index], RewardError):
+                raise outcomes[index]
+    finally:
+        stop.set()
     values = iter(outcomes[index] for index in range(len(calls)))
     return [[next(values) for _ in rewards] for _ in pairs]

@@ -48,7 +48,7 @@ class WeightedReward:
             if inspect.isawaitable(value):
                 value = asyncio.run(_awaited(value))
             value = value if value is None else float(value)
-        except Exception as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
             raise RewardError(
                 f"reward function {name} raised {error!r} on completion {completion.text!r}"
             ) from error

@@ -140,4 +140,27 @@ class RolloutBatch:
         expected = {f.name for f in fields(cls)} - {"per_token"}
         if set(tensors) != expected:
             raise ValueError(f"{path} holds {sorted(tensors)}, expected {sorted(expected)}")
-        return cls(**tensors, per_token={name.removeprefix("per_token."): v for name, v in extra.items()})
+        batch = cls(**tensors, per_token={name.removeprefix("per_token."): v for name, v in extra.items()})
+        batch._check(path)
+        return batch
+
+    def _check(self, path):
+        """ValueError naming the file unless shapes, dtypes and borders are those of the class's docstring."""
+        tokens, rows = self.input_ids.numel(), self.cu_seqlens.numel() - 1
+        expected = {
+            "input_ids": torch.int64,
+            "completion_mask": torch.bool,
+            "sampler_logprobs": torch.float32,
+        }
+        lengths = dict.fromkeys((*PER_TOKEN, *self.per_token), tokens) | dict.fromkeys(PER_SEQUENCE, rows)
+        for name, length in lengths.items():
+            tensor = self.per_token[name] if name in self.per_token else getattr(self, name)
+            dtype = expected.get(name, tensor.dtype)
+            if tensor.shape[:1] != (length,) or tensor.dtype != dtype:
+                got = f"{tensor.dtype} {tuple(tensor.shape)}"
+                raise ValueError(f"{path}: {name} is {got}, expected {dtype} of length {length}")
+        borders = self.cu_seqlens
+        if not rows > 0 or borders[0] != 0 or borders[-1] != tokens or (borders.diff() < 2).any():
+            raise ValueError(
+                f"{path}: cu_seqlens is {borders.tolist()[:8]}, expected to rise from 0 to {tokens}"
+            )

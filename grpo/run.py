@@ -73,7 +73,10 @@ class Run:
         """The metrics of all steps so far; a last line cut short by a kill is left out."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        try:
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
     def train(self):
         """Run to the last step, or until SIGINT or SIGTERM; returns the result, or None if stopped early."""
@@ -133,7 +136,7 @@ class Run:
             self.say(f"out of memory: going on with a token budget of {self.token_budget}")
         if not metrics["skipped"]:
             return
-        self.say(f"step {metrics['step']} skipped: its loss or gradient is not finite")
+        self.say(f"step {metrics['step']} left the adapters as they were: its loss or gradient is not finite")
         if (
             all(m["skipped"] for m in self.history()[-SKIPPED_IN_A_ROW:])
             and metrics["step"] >= SKIPPED_IN_A_ROW

@@ -3,14 +3,14 @@
 import contextlib
 import math
 import time
+from dataclasses import replace
 
 import torch
 
 from ..rollout import LoraConfig, Policy, Sampler, SamplingParams, split_by_budget
-from .advantages import group_has_signal
 from .algorithms import find_algorithm
 from .loss import kl_penalty
-from .objectives import OBJECTIVES
+from .objectives import OBJECTIVES, has_signal
 from .reward_pool import score
 from .rewards import WeightedReward, parse_rewards, soft_overlong, total_reward
 from .rollout_batch import RolloutBatch
@@ -39,7 +39,6 @@ class GRPOTrainer:
         self.optimizer = torch.optim.AdamW(
             self.named_parameters().values(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
         )
-        self.token_budget = config.token_budget
         self.step_count = 0
         self.batch = None  # the rollouts of the last step
 
@@ -54,7 +53,7 @@ class GRPOTrainer:
         with clock("rollout"):
             batch, sampled = self.collect(step)
         with clock("prepare"):
-            trained, prepared = self.objective.prepare(batch)
+            trained, prepared = self._within_memory(batch, lambda: self.objective.prepare(batch))
         metrics = {}
         with clock("train"):
             for iteration in range(self.config.num_iterations):
@@ -74,7 +73,7 @@ class GRPOTrainer:
         wanted, kept, rounds = self.config.prompts_per_step, [], []
         for number in range(self.config.dynamic_sampling):
             rounds.append(self._rollout(step, number))
-            signal = group_has_signal(rounds[-1].rewards, rounds[-1].group_ids)
+            signal = has_signal(rounds[-1], self.config)
             kept.append(rounds[-1].select(signal.nonzero().squeeze(1).tolist()))
             if sum(map(len, kept)) >= wanted * self.config.group_size:
                 break
@@ -84,12 +83,13 @@ class GRPOTrainer:
             batch = RolloutBatch.cat(kept)
             batch = batch.select(list(range(min(len(batch), wanted * self.config.group_size))))
         lengths = everything.completion_lengths()
-        groups = everything.rewards.view(-1, self.config.group_size)
+        size = self.config.group_size
+        groups = everything.rewards.view(-1, size)
         return batch, {
             "reward": everything.rewards.mean().item(),
-            "reward_std": groups.std(dim=1).mean().item(),
+            "reward_std": groups.std(dim=1).mean().item() if size > 1 else 0.0,
             "completion_length": lengths.double().mean().item(),
-            "signal_share": (groups.amax(1) > groups.amin(1)).double().mean().item(),
+            "signal_share": has_signal(everything, self.config).double().mean().item(),
             "truncated_share": everything.truncated.double().mean().item(),
             "completion_tokens": int(lengths.sum()),
         }
@@ -106,7 +106,9 @@ class GRPOTrainer:
             seed=config.seed * 1_000_003 + step + (number << 40),
         )
         groups = self.sampler.generate(prompts, params, group_size=config.group_size)
-        pairs = [(c, e) for e, group in zip(examples, groups, strict=True) for c in group]
+        # Reward functions get copies: what they do to a completion must not reach the batch.
+        copy = lambda c: replace(c, token_ids=list(c.token_ids), logprobs=list(c.logprobs))
+        pairs = [(copy(c), e) for e, group in zip(examples, groups, strict=True) for c in group]
         terms = score(self.rewards, pairs, timeout=config.reward_timeout)
         rewards = torch.tensor([total_reward(self.rewards, row) for row in terms])
         weights = torch.tensor([reward.weight for reward in self.rewards])
@@ -118,14 +120,16 @@ class GRPOTrainer:
 
         ``first``: metrics of the first update on this batch, None when this is it.
         """
-        totals = self._accumulate(batch, on_policy=first is None)
+        on_policy = first is None
+        totals = self._within_memory(batch, lambda: self._run_micro_batches(batch, on_policy))
         parameters = list(self.named_parameters().values())
         totals["grad_norm"] = 0.0
         if any(parameter.grad is not None for parameter in parameters):
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
             totals["grad_norm"] = norm.item()
         finite = math.isfinite(totals["loss"]) and math.isfinite(totals["grad_norm"])
-        totals["skipped"] = int(not finite) + (first["skipped"] if first else 0)
+        # A step is skipped when none of its updates was made.
+        totals["skipped"] = int(not finite and (first is None or first["skipped"] == 1))
         totals["lr"] = self.config.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = totals["lr"]
@@ -136,26 +140,29 @@ class GRPOTrainer:
             totals.update({name: first[name] for name in keep})
         return totals
 
-    def _accumulate(self, batch, *, on_policy):
-        """Leave the gradient of ``batch`` in the parameters; returns sums over its micro-batches.
+    @property
+    def token_budget(self):
+        """Packed tokens a micro-batch: the config's, or less after running out of memory."""
+        return self.objective.token_budget
 
-        Out of memory, it starts again with half the token budget, which changes the gradient by rounding alone.
-        """
+    def _within_memory(self, batch, work):
+        """``work()``; out of memory, again with half the token budget, which changes results by rounding alone."""
         while True:
             try:
-                return self._run_micro_batches(batch, on_policy)
+                return work()
             except torch.OutOfMemoryError:
                 longest = max(map(len, batch.sequences())) * self.objective.unit
-                if self.token_budget // 2 < longest:
+                smaller = max(longest, self.token_budget // 2)
+                if smaller >= self.token_budget:
                     raise
-                self.token_budget //= 2
+                self.objective.token_budget = smaller
             torch.cuda.empty_cache()
 
     def _run_micro_batches(self, batch, on_policy):
         self.optimizer.zero_grad(set_to_none=True)
         tokens = int(batch.completion_mask.sum())
         totals = {"loss": 0.0, "sampler_logprob_diff_max": 0.0, "trained_tokens": tokens}
-        difference_sum, kl_sum = 0.0, None
+        difference_sum, kl_sum, scored = 0.0, None, []
         runs = split_by_budget(
             batch.sequences(),
             self.token_budget,
@@ -169,11 +176,14 @@ class GRPOTrainer:
             totals["loss"] += out.loss.item()
             if out.kl is not None:
                 kl_sum = (kl_sum or 0.0) + out.kl
+            scored.append(micro.unpadded(out.logprobs.cpu()))
             # Outside the completions both are 0.
             difference = (out.logprobs.cpu() - micro.padded(micro.sampler_logprobs)).abs()
             largest = max(totals["sampler_logprob_diff_max"], difference.max().item())
             totals["sampler_logprob_diff_max"] = largest
             difference_sum += difference.sum().item()
+        if on_policy and runs:
+            batch.per_token["old_logprobs"] = torch.cat(scored)  # what later iterations are compared with
         totals["sampler_logprob_diff_mean"] = difference_sum / max(1, tokens)
         totals["token_budget"] = self.token_budget
         if kl_sum is not None:
@@ -206,9 +216,10 @@ def limit_vram(config):
     """Make the allocator refuse more than ``vram_limit`` GiB of the GPU's memory."""
     if not torch.cuda.is_available() or (config.device or "cuda").split(":")[0] != "cuda":
         raise ValueError("vram_limit needs a CUDA device, and this run is on the CPU")
-    device = torch.device(config.device or "cuda")
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, config.vram_limit * 2**30 / total), device)
+    index = torch.device(config.device or "cuda").index
+    index = torch.cuda.current_device() if index is None else index
+    total = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, config.vram_limit * 2**30 / total), index)
 
 
 class _Clock:

@@ -92,8 +92,11 @@ def read_adapter(folder, shapes, *, architecture):
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / file).is_file():
             raise ValueError(f"{folder} is no adapter folder: it has no {file}")
-    description = json.loads((folder / "adapter_config.json").read_text())
-    r, alpha, targets = description["r"], description["lora_alpha"], description["target_modules"]
+    try:
+        description = json.loads((folder / "adapter_config.json").read_text())
+        r, alpha, targets = (description[key] for key in ("r", "lora_alpha", "target_modules"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/adapter_config.json is no LoRA configuration: {error!r}") from error
     if isinstance(targets, str):
         raise ValueError(f"{folder} has target_modules {targets!r}, expected a list of names")
     fused = {whole: parts for whole, parts in fused_projections(architecture).items() if whole in targets}
@@ -110,7 +113,10 @@ def read_adapter(folder, shapes, *, architecture):
         raise ValueError(f"{folder}/adapter_model.safetensors is damaged: {error}") from error
     targets = list(targets)
     for whole, parts in fused.items():
-        tensors = _separate(tensors, whole, parts, shapes, r if description.get("rank_pattern") else None)
+        try:
+            tensors = _separate(tensors, whole, parts, shapes, r if description.get("rank_pattern") else None)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{folder}: the adapter of {whole} does not fit this model: {error}") from error
         targets = [target for target in targets if target != whole] + list(parts)
     return LoraConfig(r=r, alpha=alpha, targets=tuple(targets)), tensors
 

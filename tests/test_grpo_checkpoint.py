@@ -136,6 +136,37 @@ def test_another_algorithm_is_refused_before_anything_changes(saved):
     assert_same(before, adapters(other))
 
 
+def drop(tensors, prefix):
+    for name in [name for name in tensors if name.startswith(prefix)]:
+        del tensors[name]
+
+
+def narrow(tensors, prefix):
+    name = next(name for name in tensors if name.startswith(prefix))
+    tensors[name] = tensors[name][:1].clone()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: drop(t, "exp_avg."), "exp_avg.* has shape None"),
+        (lambda t: narrow(t, "exp_avg_sq."), r"exp_avg_sq.* has shape \(1, .*expected \(2,"),
+        (lambda t: drop(t, "optimizer_step"), "it has no optimizer_step"),
+    ],
+)
+def test_tampered_moments_are_refused_before_anything_changes(saved, change, message):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(saved[1] / "state.safetensors")
+    change(tensors)
+    save_file(tensors, saved[1] / "state.safetensors")
+    fresh = tiny_trainer()
+    before = adapters(fresh)
+    with pytest.raises(ValueError, match=f"step-000001.*{message}"):
+        load(fresh, saved[1])
+    assert_same(before, adapters(fresh))
+
+
 def test_no_pickle(saved):
     """A safetensors file is a length, JSON and raw numbers; the other file is JSON."""
     assert sorted(p.name for p in saved[1].iterdir()) == ["state.json", "state.safetensors"]

@@ -240,6 +240,25 @@ def test_bad_lora_config(options, message):
         LoraConfig(**options)
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"r": 4}'])
+def test_an_adapter_without_a_configuration_is_named(tmp_path, text):
+    policy = tiny_policy(lora=LoraConfig(r=4))
+    policy.save_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match="adapter_config.json is no LoRA configuration"):
+        policy.load_adapter(tmp_path)
+
+
+def test_a_fused_adapter_that_lacks_a_half_is_named(tmp_path):
+    policy = tiny_policy(small_config("phi3"), lora=LoraConfig(r=4))
+    policy.save_adapter(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    del tensors["base_model.model.model.layers.0.self_attn.qkv_proj.lora_B.weight"]
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="the adapter of qkv_proj does not fit this model"):
+        policy.load_adapter(tmp_path)
+
+
 def test_target_modules_as_a_pattern_are_refused(tmp_path):
     policy = tiny_policy(lora=LoraConfig(r=4))
     policy.save_adapter(tmp_path)

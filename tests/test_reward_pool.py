@@ -76,6 +76,33 @@ def test_a_call_that_hangs_is_named():
         score(weighted(value, stuck), PAIRS, timeout=0.2)
 
 
+def test_a_function_that_exits_is_named():
+    def leaves(completion, example):
+        raise SystemExit(3)
+
+    with pytest.raises(RewardError, match="leaves raised SystemExit.* on completion '0'"):
+        score(weighted(leaves), PAIRS, timeout=10)
+
+
+def test_after_an_error_no_more_calls_are_made():
+    calls = []
+
+    def stuck(completion, example):
+        calls.append(example)
+        threading.Event().wait(0.6 if example == 0 else 0.01)
+        return 0.0
+
+    with pytest.raises(RewardError, match="took more than"):
+        score(weighted(stuck), PAIRS * 20, timeout=0.2)
+    made = len(calls)
+    time.sleep(0.3)
+    assert len(calls) <= made + WORKERS < 400
+
+
+def test_an_endless_limit():
+    assert score(weighted(value), PAIRS[:2], timeout=1e12) == [[0.0], [1.0]]
+
+
 def test_the_limit_is_a_call_s_not_the_whole_s():
     def brief(completion, example):
         time.sleep(0.05)

@@ -144,3 +144,20 @@ def test_file_of_something_else_is_named(tmp_path):
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"other.safetensors holds \['weight'\], expected \['advantages'"):
         RolloutBatch.load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda b: b.cu_seqlens.add_(1), "cu_seqlens is .*, expected to rise from 0"),
+        (lambda b: setattr(b, "completion_mask", b.completion_mask.long()), "completion_mask is torch.int64"),
+        (lambda b: setattr(b, "rewards", b.rewards[1:]), "rewards is torch.float32 .*of length 6"),
+        (lambda b: b.per_token.update(returns=torch.ones(2)), "returns is torch.float32 .2,."),
+    ],
+)
+def test_a_batch_that_does_not_fit_together_is_named(tmp_path, change, message):
+    batch, _, _ = make(8)
+    change(batch)
+    batch.save(tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match=f"odd.safetensors: {message}"):
+        RolloutBatch.load(tmp_path / "odd.safetensors")

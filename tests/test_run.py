@@ -300,7 +300,7 @@ def test_three_skipped_steps_end_the_run_with_their_rollouts(tmp_path):
     with pytest.raises(ValueError, match="3 steps in a row had a loss or gradient that is not finite"):
         run.train()
     assert run.trainer.step_count == 5
-    assert sum("skipped: its loss or gradient is not finite" in line for line in screen.lines) == 4
+    assert sum("left the adapters as they were" in line for line in screen.lines) == 4
     assert len(RolloutBatch.load(run.folder / "batches" / "step-000005.safetensors")) == 8
     assert [m["skipped"] for m in run.history()] == [1, 0, 1, 1, 1]
 
@@ -308,7 +308,7 @@ def test_three_skipped_steps_end_the_run_with_their_rollouts(tmp_path):
 def test_a_smaller_token_budget_is_said(tmp_path):
     screen = Screen()
     run = create(tmp_path / "run", screen, steps=2)
-    run.trainer.token_budget = 2048
+    run.trainer.objective.token_budget = 2048
     run.train()
     assert screen.lines.count("out of memory: going on with a token budget of 2048") == 1
 
@@ -318,6 +318,13 @@ def test_a_damaged_checkpoint_is_named(finished):
     state = list_checkpoints(run.folder / "checkpoints")[-1] / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-8])
     with pytest.raises(ValueError, match="checkpoint .*step-000004 is damaged"):
+        Run.resume(run.folder, Screen())
+
+
+def test_damaged_metrics_are_named(finished):
+    run, _, _ = finished
+    (run.folder / "metrics.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged"):
         Run.resume(run.folder, Screen())
 
 

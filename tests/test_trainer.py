@@ -4,7 +4,13 @@ import math
 
 import pytest
 import torch
-from nanogrpo.grpo import group_advantages, group_has_signal, policy_loss, preset
+from nanogrpo.grpo import (
+    group_advantages,
+    group_has_signal,
+    multi_reward_advantages,
+    policy_loss,
+    preset,
+)
 from nanogrpo.grpo.algorithms import ALGORITHMS
 from nanogrpo.grpo.objectives import best_and_worst, value_loss
 from nanogrpo.grpo.rewards import RewardError
@@ -13,6 +19,11 @@ from tiny_run import FIELDS, adapters, odd, tiny_trainer, wake
 ADDED = {"ppo": {"value_error"}, "online_dpo": {"pairs"}}
 # Estimators that compare the completions of one prompt alone: without a difference inside a group, nothing.
 GROUPED = [n for n, a in ALGORITHMS.items() if a.loss.estimator in ("grpo", "dr_grpo", "rloo")]
+
+
+def low(completion, example):
+    """Another reward that varies: the share of tokens below 48."""
+    return sum(token < 48 for token in completion.token_ids) / len(completion.token_ids)
 
 
 def constant(completion, example):
@@ -190,12 +201,14 @@ def test_later_iterations_are_off_policy():
     wake(trainer)
     batch, _ = trainer.collect(1)
     batch, _ = trainer.objective.prepare(batch)
+    old, mask = batch.padded(trainer.objective.score(batch).detach()), batch.padded_mask()
+    batch.sampler_logprobs -= 0.3 * batch.completion_mask  # another program's rounding: not what has moved
+    trainer._run_micro_batches(batch, True)
     wake(trainer, seed=2)
     out = trainer.objective.micro_loss(batch, on_policy=False, micro_batches=1)
     logprobs = batch.padded(trainer.objective.score(batch).detach())
-    sampled, mask = batch.padded(batch.sampler_logprobs), batch.padded_mask()
-    assert (logprobs - sampled)[mask].abs().max() > 0.01
-    expected = policy_loss(logprobs, sampled, batch.advantages, mask, trainer.objective.loss_config)
+    assert (logprobs - old)[mask].abs().max() > 0.01
+    expected = policy_loss(logprobs, old, batch.advantages, mask, trainer.objective.loss_config)
     torch.testing.assert_close(out.loss.detach(), expected.loss)
     assert expected.loss != policy_loss(logprobs, logprobs, batch.advantages, mask, preset("grpo")).loss
 
@@ -316,6 +329,225 @@ def test_ppo_learns_the_value_of_a_constant_reward():
     errors = [trainer.step()["value_error"] for _ in range(60)]
     assert errors[0] == pytest.approx(0.95**2)
     assert errors[-1] < 0.1 * errors[0]
+
+
+def ppo_by_hand(trainer, batch):
+    """The loss and what it is made of, one sequence and one token at a time."""
+    c, objective = trainer.config, trainer.objective
+    flat, hidden = objective.score(batch, return_hidden_states=True)
+    reference = objective.reference(batch)
+    weight = objective.value_weight
+    rows, start, seen = [], 0, 0
+    for length, reward in zip(batch.completion_lengths().tolist(), batch.rewards.tolist(), strict=True):
+        end = int(batch.cu_seqlens[len(rows) + 1])
+        span = slice(end - length, end)
+        values = hidden[seen : seen + length] @ weight[:-1] + weight[-1]
+        old = values.detach()
+        rewards = [-c.kl_coef * d for d in (flat[span] - reference[span]).detach().tolist()]
+        rewards[-1] += reward
+        advantages, following, later = [0.0] * length, 0.0, 0.0
+        for t in reversed(range(length)):
+            delta = rewards[t] + c.gamma * following - old[t].item()
+            advantages[t] = later = delta + c.gamma * c.gae_lambda * later
+            following = old[t].item()
+        rows.append((flat[span], values, old, torch.tensor(advantages)))
+        seen += length
+    advantages = torch.cat([row[3] for row in rows])
+    whitened = (advantages - advantages.mean()) / (advantages.var() + 1e-8).sqrt()
+    policy, value, start = 0.0, 0.0, 0
+    for logprobs, values, old, advantage in rows:
+        part = whitened[start : start + len(advantage)]
+        policy -= ((logprobs - logprobs.detach()).exp() * part).sum()
+        returns, clipped = advantage + old, old + (values - old).clamp(-c.value_clip, c.value_clip)
+        value += torch.maximum((values - returns) ** 2, (clipped - returns) ** 2).sum() / 2
+        start += len(advantage)
+    return (policy + c.value_coef * value) / start
+
+
+def test_ppo_is_its_formula():
+    settings = {"gamma": 0.9, "gae_lambda": 0.8, "value_coef": 0.5, "kl_coef": 0.3, "value_clip": 0.05}
+    trainer = tiny_trainer(algorithm="ppo", share_prefix=False, **settings)
+    wake(trainer)
+    torch.nn.init.normal_(trainer.objective.value_weight, std=0.1)
+    batch, _ = trainer.collect(1)
+    trained, metrics = trainer.objective.prepare(batch)
+    parameters = list(trainer.named_parameters().values())
+    loss = trainer.objective.micro_loss(trained, on_policy=True, micro_batches=1).loss
+    expected = ppo_by_hand(trainer, batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    got = torch.autograd.grad(loss, parameters)
+    for one, other in zip(got, torch.autograd.grad(expected, parameters), strict=True):
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max() + 1e-7
+    assert metrics["kl"] > 0
+
+
+def test_ppo_clips_values_that_have_moved():
+    losses = {}
+    for clip in (0.05, 10.0):
+        trainer = tiny_trainer(algorithm="ppo", value_clip=clip, value_coef=1.0)
+        wake(trainer)
+        trained, _ = trainer.objective.prepare(trainer.collect(1)[0])
+        trained.per_token["old_values"] += 0.5 * trained.completion_mask
+        losses[clip] = trainer.objective.micro_loss(trained, on_policy=True, micro_batches=1).loss.item()
+    assert losses[0.05] > losses[10.0] + 0.01
+
+
+@pytest.mark.parametrize("mode", ["mask", "drop"])
+def test_ppo_without_truncated_completions(mode):
+    """They are in no sum: neither the whitening's nor the denominators'."""
+    trainer = tiny_trainer(algorithm="ppo", truncated=mode, kl_coef=0.0)
+    wake(trainer)
+    batch, _ = trainer.collect(1)
+    batch.truncated = torch.arange(len(batch)) % 4 == 0
+    trained, _ = trainer.objective.prepare(batch)
+    kept = batch.select((~batch.truncated).nonzero().squeeze(1).tolist())
+    other = tiny_trainer(algorithm="ppo", kl_coef=0.0)
+    wake(other)
+    kept.truncated[:] = False
+    expected, _ = other.objective.prepare(kept)
+    for name, values in expected.per_token.items():
+        torch.testing.assert_close(trained.per_token[name], values)
+    losses = [
+        t.objective.micro_loss(rows, on_policy=True, micro_batches=1).loss
+        for t, rows in ((trainer, trained), (other, expected))
+    ]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("algorithm, counted", [("grpo", "rows"), ("dapo", "tokens")])
+def test_truncated_completions_leave_the_tokens_of_the_denominator(algorithm, counted):
+    trainer = tiny_trainer(algorithm=algorithm, truncated="mask", kl_coef=0.0)
+    batch, _ = trainer.collect(1)
+    batch.truncated = torch.arange(len(batch)) % 4 == 0
+    trainer.objective.prepare(batch)
+    tokens = batch.completion_lengths()[~batch.truncated].sum()
+    assert trainer.objective.denominator == (len(batch) if counted == "rows" else tokens)
+
+
+def test_gdpo_weighs_its_rewards_and_takes_the_penalty():
+    trainer = tiny_trainer([odd, low], estimator="gdpo", kl_place="reward", kl_coef=0.3)
+    wake(trainer)
+    trainer.rewards[1] = type(trainer.rewards[1])(low, -3.0)
+    batch, _ = trainer.collect(1)
+    trainer.objective.prepare(batch)
+    k1 = batch.padded(trainer.objective.score(batch).detach() - trainer.objective.reference(batch)).sum(1)
+    terms = torch.cat([batch.reward_terms, -0.3 * k1[:, None]], 1)
+    expected = multi_reward_advantages(terms, batch.group_ids, [1.0, -3.0, 1.0])
+    torch.testing.assert_close(batch.advantages, expected)
+
+
+def test_equal_totals_of_different_rewards_are_signal_for_gdpo():
+    def even(completion, example):
+        return 1 - odd(completion, example)
+
+    for estimator, signal in (("grpo", 0.0), ("gdpo", 1.0)):
+        trainer = tiny_trainer([odd, even], estimator=estimator, dynamic_sampling=2)
+        assert trainer.collect(1)[1]["signal_share"] == signal
+
+
+def test_dropped_completions_are_no_signal():
+    def was_cut(completion, example):
+        return float(completion.finish_reason == "length")
+
+    for mode, drawn in (("keep", 1), ("drop", 3)):
+        trainer, rounds = tiny_trainer(was_cut, truncated=mode, dynamic_sampling=3), []
+        original = trainer._rollout
+
+        def mixed(step, number, rounds=rounds, original=original):
+            batch = original(step, number)
+            batch.truncated = torch.arange(len(batch)) % 2 == 0
+            batch.rewards = batch.truncated.float()
+            rounds.append(batch)
+            return batch
+
+        trainer._rollout = mixed
+        trainer.collect(1)
+        assert len(rounds) == drawn
+
+
+def test_rounds_draw_other_questions_and_other_samples():
+    trainer = tiny_trainer()
+    first, second = trainer._rollout(1, 0), trainer._rollout(1, 1)
+    assert first.sequences() != second.sequences()
+    prompts = lambda batch: [
+        s[:-n] for s, n in zip(batch.sequences(), batch.completion_lengths(), strict=True)
+    ]
+    assert prompts(first) != prompts(second)
+    trainer.train_sets = trainer.train_sets[:1]  # one question: now only the sampling can differ
+    first, second = trainer._rollout(1, 0), trainer._rollout(1, 1)
+    assert {tuple(p) for p in prompts(first)} == {tuple(p) for p in prompts(second)}
+    completions = lambda batch: sorted(tuple(s) for s in batch.sequences())
+    assert completions(first) != completions(second)
+
+
+def test_a_sampler_correction_weighs_by_trainer_over_sampler():
+    trainer = tiny_trainer(sampler_correction="token-mask", kl_coef=0.0)
+    wake(trainer)
+    trained, _ = trainer.objective.prepare(trainer.collect(1)[0])
+    trained.sampler_logprobs -= 2 * trained.completion_mask  # ratios of 7.4, past the bound of 3
+    for on_policy in (True, False):
+        metrics = trainer._run_micro_batches(trained, on_policy)
+        assert metrics["loss"] == 0 and flat_gradient(trainer).abs().max() == 0
+
+
+def test_noise_of_the_sampler_is_no_penalty():
+    """With fresh adapters the KL is 0, whatever log-probs the sampler's rounding reported."""
+    trainer = tiny_trainer(constant, kl_place="reward", kl_coef=0.1)
+    batch, _ = trainer.collect(1)
+    batch.sampler_logprobs += 1e-2 * torch.randn(batch.input_ids.shape) * batch.completion_mask
+    trainer.objective.prepare(batch)
+    assert not batch.advantages.any()
+
+
+def test_online_dpo_leaves_truncated_completions_out():
+    trainer = tiny_trainer(algorithm="online_dpo", truncated="drop")
+    batch, _ = trainer.collect(1)
+    batch.truncated = torch.arange(len(batch)) % 4 < 2
+    trained, metrics = trainer.objective.prepare(batch)
+    assert metrics["pairs"] <= 2 and not trained.truncated.any()
+    batch.truncated[:] = True
+    assert trainer.objective.prepare(batch)[1]["pairs"] == 0
+
+
+def test_what_a_reward_does_to_a_completion_stays_with_it():
+    def meddling(completion, example):
+        completion.token_ids.sort()
+        completion.logprobs.append(0.0)
+        return odd(completion, example)
+
+    plain, _ = tiny_trainer().collect(1)
+    batch, _ = tiny_trainer(meddling).collect(1)
+    assert batch.sequences() == plain.sequences()
+
+
+def test_running_out_of_memory_while_scoring_halves_the_budget_too():
+    trainer = tiny_trainer(algorithm="ppo", token_budget=420, share_prefix=False)
+    original = trainer.policy.score
+
+    def little_memory(input_ids, *args, **options):
+        if input_ids.numel() > 150:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(input_ids, *args, **options)
+
+    trainer.policy.score = little_memory
+    assert trainer.step()["token_budget"] == 210  # two sequences of 73 tokens
+
+
+def test_a_skipped_second_iteration_is_no_skipped_step():
+    trainer = tiny_trainer(num_iterations=2)
+    wake(trainer)
+    original, before = trainer.objective.micro_loss, adapters(trainer)
+
+    def broken_later(*args, on_policy, micro_batches):
+        out = original(*args, on_policy=on_policy, micro_batches=micro_batches)
+        out.loss = out.loss * (1 if on_policy else math.nan)
+        return out
+
+    trainer.objective.micro_loss = broken_later
+    assert trainer.step()["skipped"] == 0
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before.values(), adapters(trainer).values(), strict=True)
+    )
 
 
 def test_value_loss_takes_the_worse_of_clipped_and_not():
