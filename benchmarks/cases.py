@@ -70,3 +70,29 @@ def policy_loss(device):
     """Batches of B completions of T tokens at most."""
     sizes = [(64, 1024)] if device == "cpu" else [(64, 1024), (512, 4096)]
     return [Case(f"{B} completions of up to {T} tokens", "float32", {"B": B, "T": T}) for B, T in sizes]
+
+
+def matmul_4bit(device):
+    """Frozen linears of models' feed-forward blocks: M rows, K inputs, N outputs."""
+
+    def linears(model, rows):
+        hidden, ffn = MODELS[model].hidden, MODELS[model].ffn
+        dtype = "bfloat16" if device == "cuda" else "float32"
+        shapes = {"up": (hidden, ffn), "down": (ffn, hidden)}
+        for name, (K, N) in shapes.items():
+            for M in rows:
+                yield Case(f"{model} {name}, {M} rows", dtype, {"M": M, "K": K, "N": N})
+
+    if device == "cpu":
+        return [*linears("SmolLM2-135M", (1, 64, 512))]
+    rows = (1, 8, 16, 64, 256, 2048, 8192)
+    return [case for model in ("Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3.1-8B") for case in linears(model, rows)]
+
+
+def dequantize(device):
+    """Weights (N, K) of models' feed-forward blocks."""
+    models = ("SmolLM2-135M",) if device == "cpu" else ("Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3.1-8B")
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    return [
+        Case(f"{model} up", dtype, {"N": MODELS[model].ffn, "K": MODELS[model].hidden}) for model in models
+    ]

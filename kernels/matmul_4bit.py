@@ -2,10 +2,11 @@
 
 x (..., K), q (N, K), bias (N,), y (..., N) in x's dtype; M rows in all, QB weights a scale.
 
-Two routes, both rounding the weights to x's dtype before the dot and accumulating in float32:
+Three routes by the number of rows; sums are float32 in all:
 
-    fused   M <= max_rows, 16-bit x: codes are decoded in registers and go straight into ``tl.dot``.
-            Bytes: N*K/2 codes and N*K/QB scales for each 32 rows, plus x and y. FLOPs: 2*M*N*K.
+    vector  M <= 4, 16-bit x: CUDA cores, the weights exact in float32 (``gemv_4bit``).
+    fused   M <= 64, 16-bit x: codes are decoded in registers, rounded to x's dtype, and go through ``tl.dot``.
+            Both read N*K/2 codes and N*K/QB scales (fused: for each 32 rows), x and y. FLOPs: 2*M*N*K.
             Extra memory: SPLIT*M*N*4 bytes of partial sums where K is split to fill the card (none for SPLIT = 1),
             at most 32 KB a row; a copy of x where x is not contiguous.
     dense   otherwise: one buffer of N*K values in x's dtype, a library matmul, the buffer freed. Bytes: the codes
@@ -13,7 +14,9 @@ Two routes, both rounding the weights to x's dtype before the dot and accumulati
 
 Gradients: dx = dy @ dequantize(q), through the same buffer of N*K values; dbias = dy summed over rows. Backward keeps
 the 4-bit tensors alone. Partial sums are added in a fixed order and the split depends on N and K only, so results
-repeat bit for bit. Paper: QLoRA, Dettmers et al. 2023, arXiv 2305.14314.
+repeat bit for bit and, within the vector and the fused route, a row's result does not depend on the others; it
+changes by roundings where the routes meet, at the ``max_rows`` of the two tables.
+Paper: QLoRA, Dettmers et al. 2023, arXiv 2305.14314.
 """
 
 import torch
@@ -22,12 +25,15 @@ import triton
 import triton.language as tl
 
 from . import _runtime
-from .quantization import DTYPES, decode_tile, dequantize_4bit_ref, dequantize_op, kernel_format
+from .code_words import WORDS, aligned, block_scale, code_table, decode_words, weight_tile
+from .gemv_4bit import gemv_kernel
+from .quantization import DTYPES, dequantize_4bit_ref, dequantize_op, kernel_format
 
-# By the least compute capability: max_rows, BLOCK_N, BLOCK_K, num_warps, num_stages, programs that fill the card.
+# By the least compute capability: max_rows, BLOCK_N, num_warps, num_stages, programs that fill the card.
 # Rows of x are the dot's left operand in tiles of 16 or 32: below 64, Hopper uses mma.sync instead of WGMMA, whose
 # register operands ptxas before CUDA 13.3 miscompiles.
-CONFIGS = {80: (64, 32, 256, 4, 3, 256)}
+CONFIGS = {80: (64, 32, 4, 2, 256)}
+VECTOR_CONFIGS = {80: (4, 16, 4, 1, 512)}  # of the vector route, which keeps no shared memory
 
 
 def matmul_4bit_ref(x, q, bias=None):
@@ -35,41 +41,42 @@ def matmul_4bit_ref(x, q, bias=None):
     return F.linear(x, dequantize_4bit_ref(q, x.dtype), bias)
 
 
-@triton.jit
+# As in ``gemv_kernel``, a row's length in words is not specialised.
+@triton.jit(do_not_specialize=["words_per_row"])
 def _matmul_kernel(
-    x, codes, scales, bias, out, M, N, blocks_per_row, blocks_per_split, first_block,
-    QUANT_BLOCK: tl.constexpr, FORMAT: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, codes, scales, bias, out, M, N, words_per_row, steps, first_block,
+    QUANT_BLOCK: tl.constexpr, FORMAT: tl.constexpr, PARTIAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of x @ W.T over one part of K: to ``out`` (M, N) with bias, or to partial sums (SPLIT, M, N)."""
-    BLOCKS: tl.constexpr = BLOCK_K // QUANT_BLOCK
-    HALF: tl.constexpr = QUANT_BLOCK // 2
-    # where the two nibbles' elements stand in their block: 2j, 2j+1 (nf4) or j, j+16 (int4)
-    STRIDE: tl.constexpr = 1 if FORMAT == "int4" else 2
-    SHIFT: tl.constexpr = HALF if FORMAT == "int4" else 1
+    """A tile of x @ W.T over ``steps`` steps of K: to ``out`` (M, N) with bias, or to partial sums (SPLIT, M, N)."""
+    PER_BLOCK: tl.constexpr = QUANT_BLOCK // 8
+    BLOCK_K: tl.constexpr = 8 * WORDS
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
-    rows = x + m.to(tl.int64)[:, None] * blocks_per_row * QUANT_BLOCK
-    stop = tl.minimum((split + 1) * blocks_per_split, blocks_per_row)
+    lane = tl.arange(0, WORDS)
+    x_row = x + m.to(tl.int64)[:, None] * words_per_row * 8
+    row = codes + n[:, None] * words_per_row
+    block_row = n[:, None] * (words_per_row // PER_BLOCK)
+    table = code_table(scales[1], BLOCK_N, FORMAT)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(split * blocks_per_split, stop, BLOCKS):
-        b = start + tl.arange(0, BLOCKS)
-        mask = (n < N)[:, None, None] & (b < stop)[None, :, None]
-        block = n[:, None, None] * blocks_per_row + b[None, :, None]
-        first, second = decode_tile(codes, scales, block, mask, first_block, QUANT_BLOCK, FORMAT)
-        first = first.to(x.dtype.element_ty).reshape(BLOCK_N, BLOCKS * HALF)
-        second = second.to(x.dtype.element_ty).reshape(BLOCK_N, BLOCKS * HALF)
-        byte = tl.arange(0, BLOCKS * HALF)
-        k = (start + byte // HALF) * QUANT_BLOCK + byte % HALF * STRIDE
-        inside = (m < M)[:, None] & (k < stop * QUANT_BLOCK)[None, :]
-        acc = tl.dot(tl.load(rows + k[None, :], mask=inside, other=0), tl.trans(first), acc)
-        acc = tl.dot(tl.load(rows + k[None, :] + SHIFT, mask=inside, other=0), tl.trans(second), acc)
-    if bias is not None and SPLIT == 1:
+    for step in range(split * steps, split * steps + steps):
+        w = step * WORDS + lane
+        mask = (n < N)[:, None] & (w < words_per_row)[None, :]
+        words = tl.load(row + w[None, :], mask=mask, other=0)
+        block = block_row + tl.max_contiguous(w // PER_BLOCK, 2)[None, :]
+        scale, minimum = block_scale(scales, block, mask, first_block, FORMAT)
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = (m < M)[:, None] & (k < words_per_row * 8)[None, :]
+        x_tile = tl.load(x_row + k[None, :], mask=inside, other=0)
+        values = decode_words(words, table, FORMAT)
+        tile = weight_tile(values, scale, minimum, x.dtype.element_ty, FORMAT)
+        acc = tl.dot(x_tile, tl.trans(tile), acc)
+    if bias is not None and not PARTIAL:
         acc += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
-    row = split.to(tl.int64) * M + m
+    target = split.to(tl.int64) * M + m
     inside = (m < M)[:, None] & (n < N)[None, :]
-    tl.store(out + row[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + target[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -95,32 +102,52 @@ def _matmul_triton(
 ) -> torch.Tensor:
     arch = _runtime.arch(x.device)
     _runtime.check(arch >= min(CONFIGS), f"compute capability {arch}, expected {min(CONFIGS)} or later")
-    max_rows, block_n, block_k, num_warps, num_stages, programs = CONFIGS[
-        max(cc for cc in CONFIGS if cc <= arch)
-    ]
+    max_rows, *fused = _entry(CONFIGS, arch)
     (M, K), N = x.shape, len(codes)
-    if M > max_rows or x.dtype == torch.float32 or quant_block > block_k:
+    if M > max_rows or x.dtype == torch.float32:
         return _matmul_torch(x, codes, scales, bias, quant_block, first_block)
-    x, out = x.contiguous(), x.new_empty(M, N)
+    out = x.new_empty(M, N)
     if not out.numel():
         return out
-    tiles, steps, blocks = triton.cdiv(N, block_n), triton.cdiv(K, block_k), block_k // quant_block
-    # two steps of K at least a program: below that the partial sums cost more than the idle multiprocessors
-    steps_per_split = triton.cdiv(steps, max(1, min(programs // tiles, steps // 2)))
-    split = triton.cdiv(steps, steps_per_split)
+    layout = {"QUANT_BLOCK": quant_block, "FORMAT": kernel_format(scales), "enable_fp_fusion": False}
+    max_vector_rows, *vector = _entry(VECTOR_CONFIGS, arch)
+    block_n, num_warps, num_stages, programs = vector if max_vector_rows >= M else fused
+    tiles = triton.cdiv(N, block_n)
+    steps, split = _plan(tiles, triton.cdiv(K, 8 * WORDS), programs)
     target = out if split == 1 else x.new_empty(split, M, N, dtype=torch.float32)
-    block_m = 16 if M <= 16 else 32
+    words = aligned(codes).view(torch.int32)
+    operands = (words, tuple(scales), bias, target, M, N, K // 8, steps, first_block)
+    layout |= {
+        "PARTIAL": split > 1,
+        "BLOCK_N": block_n,
+        "WORDS": WORDS,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
     with _runtime.launch_on(x):
-        _matmul_kernel[(tiles, triton.cdiv(M, block_m), split)](
-            x, codes, tuple(scales), bias, target, M, N, K // quant_block, steps_per_split * blocks, first_block,
-            QUANT_BLOCK=quant_block, FORMAT=kernel_format(scales), SPLIT=split,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
-        )  # fmt: skip
+        if max_vector_rows >= M:
+            rows, bf16 = triton.next_power_of_2(M), x.dtype == torch.bfloat16
+            four = aligned(x).view(torch.int64)
+            gemv_kernel[(tiles, split)](four, *operands, ROWS=rows, BF16=bf16, **layout)
+        else:
+            block_m = 16 if M <= 16 else 32
+            grid = (tiles, triton.cdiv(M, block_m), split)
+            _matmul_kernel[grid](x.contiguous(), *operands, BLOCK_M=block_m, **layout)
         if split > 1:
             grid = (triton.cdiv(M * N, 1024),)
             _sum_kernel[grid](target, bias, out, M * N, N, SPLIT=split, BLOCK=1024, num_warps=4)
     return out
+
+
+def _entry(table, arch):
+    return table[max(cc for cc in table if cc <= arch)]
+
+
+def _plan(tiles, steps, programs):
+    """Steps of K a program and the number of splits, from N and K alone."""
+    # two steps of K at least a program: below that the partial sums cost more than the idle multiprocessors
+    steps_per_split = triton.cdiv(steps, max(1, min(programs // tiles, steps // 2)))
+    return steps_per_split, triton.cdiv(steps, steps_per_split)
 
 
 def _matmul_torch(x, codes, scales, bias, quant_block, first_block):

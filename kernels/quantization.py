@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from . import _runtime
+from .code_words import WORDS, aligned, block_scale, code_table, decode_words, weight_tile
 from .quantized_weight import DTYPES, INT4_BLOCK, NESTED_BLOCK, QuantizedWeight, check_layout, decode_absmax
 
 NF4_CODE = (
@@ -25,11 +26,11 @@ NF4_CODE = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-TILE = 8192  # values a program of the CUDA kernel, on every card: it only streams
+BLOCK_R = 32  # rows of 256 values a program of the CUDA kernel, on every card: it only streams
 CPU_TILE = 1 << 18  # float32 values: 1 MB, about one core's L2 cache
 
 
-def quantize_4bit(weight, format="nf4", block_size=64, double_quant=False):
+def quantize_4bit(weight, format="nf4", block_size=64, double_quant=False, *, name="weight"):
     """Quantise ``weight`` (N, K), float32, float16 or bfloat16, on its own device.
 
     Args:
@@ -37,19 +38,21 @@ def quantize_4bit(weight, format="nf4", block_size=64, double_quant=False):
         block_size: nf4: weights that share one absmax, a power of two from 32 to 4096. int4's block is 32, which
             both 32 and the default ask for.
         double_quant: nf4 only: the absmax, less their mean, in 8 bits in blocks of 256.
+        name: what errors call the weight: a checkpoint's tensor name.
 
     Raises:
-        ValueError: unless K is a multiple of the block and every weight is finite (int4: within float16's range).
+        ValueError: unless K is a multiple of the block (nothing is padded) and every value is finite (int4: within
+            float16's range).
     """
-    _runtime.check(weight.dtype in DTYPES, f"weight is {weight.dtype}, expected one of {DTYPES}")
+    _runtime.check(weight.dtype in DTYPES, f"{name} is {weight.dtype}, expected one of {DTYPES}")
     if format == "int4":
         _runtime.check(not double_quant, "double_quant is for nf4: int4's scales are float16 already")
         block_size = INT4_BLOCK if block_size == 64 else block_size
-    check_layout(tuple(weight.shape), format, block_size)
+    check_layout(tuple(weight.shape), format, block_size, name)
     weight = weight.detach().contiguous()
     quantize = _quantize_nf4 if format == "nf4" else _quantize_int4
     step = max(1, 16 * CPU_TILE // weight.shape[1])
-    parts = [quantize(part, block_size) for part in weight.split(step)]
+    parts = [quantize(part, block_size, name) for part in weight.split(step)]
     merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if format == "nf4":
         merged["code_book"] = torch.tensor(NF4_CODE, device=weight.device)
@@ -59,11 +62,11 @@ def quantize_4bit(weight, format="nf4", block_size=64, double_quant=False):
     return QuantizedWeight(**merged, **described)
 
 
-def _quantize_nf4(weight, block):
+def _quantize_nf4(weight, block, name):
     N, K = weight.shape
     values = weight.float().reshape(N, K // block, block)
     absmax = values.abs().amax(-1)
-    _runtime.check(bool(absmax.isfinite().all()), "weight has infinite or NaN values, expected finite ones")
+    _runtime.check(bool(absmax.isfinite().all()), f"{name} has infinite or NaN values, expected finite ones")
     code = torch.tensor(NF4_CODE, device=weight.device)
     scaled = (values * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(-1)).clamp(-1, 1)
     nearest = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True)
@@ -71,7 +74,7 @@ def _quantize_nf4(weight, block):
     return {"codes": nearest[:, ::2] << 4 | nearest[:, 1::2], "scale": absmax}
 
 
-def _quantize_int4(weight, block):
+def _quantize_int4(weight, block, name):
     N, K = weight.shape
     values = weight.float().reshape(N, K // block, block)
     low, high = values.amin(-1), values.amax(-1)
@@ -80,7 +83,7 @@ def _quantize_int4(weight, block):
     scale, minimum = step.half(), low.half()
     _runtime.check(
         bool((scale.isfinite() & minimum.isfinite()).all()),
-        "weight has values that are NaN or outside float16's range",
+        f"{name} has values that are NaN or outside float16's range",
     )
     inverse = torch.where(step == 0, 0, 1 / step)
     codes = ((values - low.unsqueeze(-1)) * inverse.unsqueeze(-1) + 0.5).trunc().nan_to_num().clamp(0, 15)
@@ -133,44 +136,26 @@ def dequantize_4bit_ref(q, dtype=None):
     return values.view(N, K).to(dtype or q.dtype)
 
 
-@triton.jit
-def decode_tile(codes, scales, block, mask, first_block, QUANT_BLOCK: tl.constexpr, FORMAT: tl.constexpr):
-    """The values of whole blocks as float32: the first nibbles' (..., QUANT_BLOCK/2), then the second nibbles'.
-
-    ``block`` int64 and ``mask``, both (..., 1), number the blocks. nf4: elements 2j and 2j+1; int4: j and j+16.
-    ``scales`` is (scale, minimum), (absmax, code_book) or (codes of absmax, code_book, nested scale, code, offset).
-    Launch with ``enable_fp_fusion=False``: a fused multiply-add of nested scales would round once, not twice.
-    """
-    HALF: tl.constexpr = QUANT_BLOCK // 2
-    packed = tl.load(codes + block * HALF + tl.arange(0, HALF), mask=mask, other=0).to(tl.int32)
-    low, high = packed & 15, packed >> 4
-    scale = tl.load(scales[0] + block, mask=mask, other=0)
-    if FORMAT == "int4":
-        minimum = tl.load(scales[1] + block, mask=mask, other=0).to(tl.float32)
-        scale = scale.to(tl.float32)
-        first, second = low.to(tl.float32) * scale + minimum, high.to(tl.float32) * scale + minimum
-    else:
-        if FORMAT == "nested_nf4":
-            group = tl.load(scales[2] + (block + first_block) // 256, mask=mask, other=0)
-            scale = tl.load(scales[3] + scale.to(tl.int32)) * group + tl.load(scales[4])
-        first, second = tl.load(scales[1] + high) * scale, tl.load(scales[1] + low) * scale
-    return first, second
-
-
-@triton.jit
+# ``pitch``, the words of a row of the tile, is a number that the compiler must not know: see ``gemv_kernel``.
+@triton.jit(do_not_specialize=["pitch"])
 def _dequantize_kernel(
-    codes, scales, out, blocks, first_block,
-    QUANT_BLOCK: tl.constexpr, FORMAT: tl.constexpr, BLOCK_B: tl.constexpr,
+    codes, scales, out, words, pitch, first_block,
+    QUANT_BLOCK: tl.constexpr, FORMAT: tl.constexpr, BLOCK_R: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
-    mask = block < blocks
-    first, second = decode_tile(codes, scales, block, mask, first_block, QUANT_BLOCK, FORMAT)
-    first, second = first.to(out.dtype.element_ty), second.to(out.dtype.element_ty)
-    if FORMAT == "int4":
-        values = tl.join(first, second).permute(0, 2, 1).reshape(BLOCK_B, QUANT_BLOCK)
-    else:
-        values = tl.interleave(first, second)
-    tl.store(out + block * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK), values, mask=mask)
+    """BLOCK_R * WORDS words of codes (int32), wherever in the weight they stand, to their eight values each."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    lane = tl.arange(0, WORDS)
+    word = row[:, None] * pitch + lane[None, :]
+    mask = word < words
+    table = code_table(scales[1], BLOCK_R, FORMAT)
+    block = (
+        row[:, None] * WORDS // (QUANT_BLOCK // 8) + tl.max_contiguous(lane // (QUANT_BLOCK // 8), 2)[None, :]
+    )
+    scale, minimum = block_scale(scales, block, mask, first_block, FORMAT)
+    v = decode_words(tl.load(codes + word, mask=mask, other=0), table, FORMAT)
+    tile = weight_tile(v, scale, minimum, out.dtype.element_ty, FORMAT)
+    value = row[:, None] * (8 * WORDS) + tl.arange(0, 8 * WORDS)[None, :]
+    tl.store(out + value, tile, mask=value < words.to(tl.int64) * 8)
 
 
 def kernel_format(scales):
@@ -182,12 +167,12 @@ def _dequantize_triton(
     codes: torch.Tensor, scales: list[torch.Tensor], quant_block: int, first_block: int, dtype: torch.dtype
 ) -> torch.Tensor:
     out = _dequantize_fake(codes, scales, quant_block, first_block, dtype)
-    if blocks := scales[0].numel():
-        block_b = TILE // quant_block
+    words = aligned(codes).view(torch.int32)
+    if words.numel():
         with _runtime.launch_on(codes):
-            _dequantize_kernel[(triton.cdiv(blocks, block_b),)](
-                codes, tuple(scales), out, blocks, first_block, QUANT_BLOCK=quant_block,
-                FORMAT=kernel_format(scales), BLOCK_B=block_b, num_warps=4, enable_fp_fusion=False,
+            _dequantize_kernel[(triton.cdiv(words.numel(), BLOCK_R * WORDS),)](
+                words, tuple(scales), out, words.numel(), WORDS, first_block, QUANT_BLOCK=quant_block,
+                FORMAT=kernel_format(scales), BLOCK_R=BLOCK_R, WORDS=WORDS, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
     return out
 

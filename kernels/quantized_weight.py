@@ -107,7 +107,7 @@ class QuantizedWeight:
 
     def operands(self):
         """Positional arguments of a registered operator that reads this weight: ``codes, scales, quant_block,
-        first_block``, where ``scales`` lists the tensors beside the codes, in the order of ``decode_tile``."""
+        first_block``, where ``scales`` lists the tensors beside the codes, in the order of ``block_scale``."""
         names = ("scale", "minimum", "code_book", "nested_scale", "nested_code", "nested_offset")
         scales = [getattr(self, name) for name in names if getattr(self, name) is not None]
         return self.codes, scales, self.quant_block, self.first_block
@@ -173,7 +173,7 @@ class QuantizedWeight:
         after double quantisation, ``nested_absmax`` and ``nested_quant_map``. Raises ValueError for a missing
         entry and for a layout that is not nf4.
         """
-        name = prefix if prefix.endswith("weight") else f"{prefix.rstrip('.')}.weight".removeprefix(".")
+        name = _weight_name(prefix)
 
         def entry(key, count=None):
             _runtime.check(
@@ -204,6 +204,33 @@ class QuantizedWeight:
         dtype = getattr(torch, state["dtype"])
         return cls(**weight, shape=shape, format="nf4", quant_block=block, dtype=dtype)
 
+    def to_bitsandbytes(self, prefix):
+        """What bitsandbytes saves for this nf4 weight of the linear layer ``prefix``; ``from_bitsandbytes`` inverts.
+
+        Raises ValueError for int4, and for rows cut out of a double-quantised weight within a nested block.
+        """
+        _runtime.check(self.format == "nf4", f"format is {self.format!r}, bitsandbytes holds 'nf4'")
+        _runtime.check(
+            self.first_block == 0, f"rows that begin {self.first_block} scales into a nested block"
+        )
+        name = _weight_name(prefix)
+        dtype = str(self.dtype).removeprefix("torch.")
+        state = {
+            "quant_type": "nf4",
+            "blocksize": self.quant_block,
+            "dtype": dtype,
+            "shape": list(self.shape),
+        }
+        entries = {"absmax": self.scale.reshape(-1), "quant_map": self.code_book}
+        if self.nested_scale is not None:
+            state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+            state["nested_offset"] = self.nested_offset.item()
+            entries |= {"nested_absmax": self.nested_scale, "nested_quant_map": self.nested_code}
+        packed = list(json.dumps(state).encode())
+        entries["quant_state.bitsandbytes__nf4"] = torch.tensor(packed, dtype=torch.uint8, device=self.device)
+        saved = {f"{name}.{key}": tensor for key, tensor in entries.items()}
+        return {name: self.codes.reshape(-1, 1)} | saved
+
     @classmethod
     def from_gguf_q4_1(cls, raw, shape, dtype=torch.float32):
         """The int4 weight of ``shape`` (N, K) in GGUF's Q4_1 blocks: ``raw`` uint8 of N*K/32 times 20 bytes.
@@ -229,14 +256,18 @@ class QuantizedWeight:
         )
 
 
-def check_layout(shape, format, block):
-    """Raise ValueError unless ``format`` can hold a weight of ``shape`` in blocks of ``block``."""
+def _weight_name(prefix):
+    return prefix if prefix.endswith("weight") else f"{prefix.rstrip('.')}.weight".removeprefix(".")
+
+
+def check_layout(shape, format, block, name="weight"):
+    """Raise ValueError unless ``format`` can hold ``name``, a weight of ``shape``, in blocks of ``block``."""
     blocks = {"nf4": NF4_BLOCKS, "int4": (INT4_BLOCK,)}
     _runtime.check(format in blocks, f"format is {format!r}, expected 'nf4' or 'int4'")
     _runtime.check(block in blocks[format], f"{format} block of {block}, expected one of {blocks[format]}")
     _runtime.check(
         len(shape) == 2 and shape[1] > 0 and shape[1] % block == 0,
-        f"weight of shape {shape}: expected (N, K) with K a multiple of the block of {block}",
+        f"{name} has shape {shape}, expected (N, K) with K a multiple of the block of {block}",
     )
 
 

@@ -1,11 +1,13 @@
-"""Llama and Qwen2 weights from a GGUF file (llama.cpp's format), under Hugging Face's names and row order.
+"""Llama, Qwen2 and Qwen3 weights from a GGUF file (llama.cpp's format), under Hugging Face's names and row order.
 
 The gguf package parses the file, memory-mapped, and dequantises; this file renames the tensors, undoes llama.cpp's
 permutation of the q and k rows and keeps Q4_1 linears in 4 bits where asked.
 """
 
+import logging
 import math
 import re
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import torch
 from ..kernels import QuantizedWeight
 from .config import ModelConfig
 
+logger = logging.getLogger("nanogrpo")
+
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -25,6 +29,8 @@ BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
@@ -33,6 +39,7 @@ BLOCK_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 ROPE_FREQS = "rope_freqs.weight"
+DENSE = {gguf.GGMLQuantizationType[kind] for kind in ("F64", "F32", "F16", "BF16")}
 # Every Llama 3.x was trained with these three; only the factor differs (8 for 3.1, 32 for 3.2).
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -79,19 +86,38 @@ class GGUFFile:
     def tensors(self, keep_4bit=False):
         """Yield ``(Hugging Face name, float32 tensor)`` in the file's order, each dequantised as it comes.
 
-        With ``keep_4bit`` a Q4_1 linear inside a block comes as a ``QuantizedWeight`` of its own 4-bit codes.
+        With ``keep_4bit`` a Q4_1 linear inside a block comes as a ``QuantizedWeight`` of its own 4-bit codes. The log
+        (logger "nanogrpo", level INFO) says once how many tensors of which quantised type lose theirs.
         """
+        self._log_dequantised(keep_4bit)
         for name, tensor in self._tensors.items():
             data, shape = tensor.data, _shape(tensor)
             if self.config.architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
                 # Rows are quantised one by one, so packed rows can be reordered like dense ones.
                 data = data[rope_row_order(shape[0], self.config.head_dim)]
-            in_4bit = tensor.tensor_type == gguf.GGMLQuantizationType.Q4_1 and len(shape) == 2
-            if keep_4bit and in_4bit and name.startswith("model.layers."):
+            if keep_4bit and _is_int4_linear(name, tensor):
                 yield name, QuantizedWeight.from_gguf_q4_1(torch.from_numpy(np.array(data)), shape)
             else:
                 values = gguf.quants.dequantize(data, tensor.tensor_type)
                 yield name, torch.from_numpy(np.array(values, dtype=np.float32).reshape(shape))
+
+    def _log_dequantised(self, keep_4bit):
+        counts = Counter(
+            tensor.tensor_type.name
+            for name, tensor in self._tensors.items()
+            if tensor.tensor_type not in DENSE and not (keep_4bit and _is_int4_linear(name, tensor))
+        )
+        if counts:
+            found = ", ".join(f"{count} of {kind}" for kind, count in sorted(counts.items()))
+            logger.info(
+                "%s: quantised tensors dequantised to float32 as they load: %s%s", self.path, found,
+                "; linears among them are quantised anew to the format asked for" if keep_4bit else "",
+            )  # fmt: skip
+
+
+def _is_int4_linear(name, tensor):
+    is_matrix = tensor.tensor_type == gguf.GGMLQuantizationType.Q4_1 and len(tensor.shape) == 2
+    return is_matrix and name.startswith("model.layers.")
 
 
 def hf_name(name):

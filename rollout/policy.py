@@ -42,7 +42,7 @@ class Policy:
         weights = {}
         for tensor_name, tensor in checkpoint.tensors(keep_4bit=quantize is not None):
             is_linear = tensor_name.rsplit(".", 2)[-2] in LINEARS and tensor_name.endswith(".weight")
-            weights[tensor_name] = _place(tensor, quantize if is_linear else None, device, dtype)
+            weights[tensor_name] = _place(tensor_name, tensor, quantize if is_linear else None, device, dtype)
         policy = cls(Transformer(checkpoint.config, weights), checkpoint.tokenizer, name=str(checkpoint.path))
         if lora is not None:
             policy.add_adapters(lora, seed=seed)
@@ -195,7 +195,7 @@ class Policy:
                 raise ValueError(f"{source}: {name} has shape {got}, expected {expected}")
 
 
-def _place(tensor, quantize, device, dtype):
+def _place(name, tensor, quantize, device, dtype):
     """A checkpoint's tensor on its device, in 4 bits where asked; a 4-bit tensor of another format is requantised."""
     if isinstance(tensor, QuantizedWeight):
         if quantize == tensor.format:
@@ -204,4 +204,4 @@ def _place(tensor, quantize, device, dtype):
     tensor = tensor.to(device)
     if quantize is None:
         return tensor.to(dtype)
-    return quantize_4bit(tensor, quantize, 32 if quantize == "int4" else 64)
+    return quantize_4bit(tensor, quantize, 32 if quantize == "int4" else 64, name=name)

@@ -225,7 +225,7 @@ def test_other_quantisations_are_refused(folder, settings):
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_gguf_checkpoint(tmp_path, architecture, tied):
     config = small_config(architecture, tie_word_embeddings=tied, rms_norm_eps=2.0**-20)

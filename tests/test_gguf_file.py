@@ -68,7 +68,7 @@ def test_smollm2_4bit_linears_hold_the_dense_values(smollm2):
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_written_tensors_come_back(tmp_path, architecture, kind):
     config = small_config(architecture)
     tensors = random_tensors(config)
@@ -114,6 +114,34 @@ def test_only_q4_1_linears_stay_in_4_bits(tmp_path):
         dense = dict(file.tensors())
         for name, tensor in found.items():
             assert torch.equal(dequantize_4bit(tensor), dense[name]), name
+
+
+def test_log_says_once_what_is_dequantised(tmp_path, caplog):
+    config = small_config()
+    tensors = random_tensors(config)
+    matrices = sum(t.ndim == 2 for t in tensors.values())
+    linears = sum(n.startswith("model.layers.") and t.ndim == 2 for n, t in tensors.items())
+
+    def said(kind, keep_4bit):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="nanogrpo"):
+            list(
+                read_gguf(write_gguf(tmp_path / f"{kind}.gguf", config, tensors, kind=kind)).tensors(
+                    keep_4bit
+                )
+            )
+        return [record.getMessage() for record in caplog.records]
+
+    for kind in ("Q4_0", "Q8_0"):
+        (message,) = said(kind, True)
+        assert (
+            f"{kind}.gguf" in message and f"{matrices} of {kind};" in message and "quantised anew" in message
+        )
+        (message,) = said(kind, False)
+        assert message.endswith(f"{matrices} of {kind}")
+    (message,) = said("Q4_1", True)  # the embedding and the head
+    assert f"{matrices - linears} of Q4_1;" in message
+    assert said("F16", True) == []
 
 
 def test_untied_head_and_biases(tmp_path):

@@ -1,15 +1,17 @@
 """x @ W.T on 4-bit weights: values and gradients against float64, exact integer witnesses, both routes."""
 
 import os
+from dataclasses import replace
 from unittest import mock
 
 import pytest
+import sweep_matmul_4bit as sweep
 import torch
-from cross_compile import assert_compiles, every_card, recorded_launches
+from cross_compile import SHARED_LIMIT, assert_compiles, every_card, recorded_launches
 from hypothesis import given
 from hypothesis import strategies as st
 from nanogrpo.kernels import _runtime
-from nanogrpo.kernels.matmul_4bit import CONFIGS, _matmul_triton, matmul_4bit, matmul_4bit_ref
+from nanogrpo.kernels.matmul_4bit import CONFIGS, VECTOR_CONFIGS, _matmul_triton, matmul_4bit, matmul_4bit_ref
 from nanogrpo.kernels.quantization import QuantizedWeight, dequantize_4bit_ref, quantize_4bit
 from numerics import EPS, assert_no_worse_than
 from torch.autograd import grad
@@ -82,9 +84,9 @@ def check_against_float64(x, q, bias, device="cpu"):
 @every_format
 @given(data=st.data())
 def test_values_and_gradients(format, double_quant, data):
-    block = data.draw(st.sampled_from([32, 64, 128, 512]))  # 512 is beyond the fused route
+    block = data.draw(st.sampled_from([32, 64, 128, 512]))  # 512 is more than a step of K
     N, K = data.draw(st.integers(1, 70)), block * data.draw(st.integers(1, 10))
-    shape = data.draw(st.sampled_from([(1,), (16,), (17,), (64,), (65,), (2, 3), (2, 1, 5)]))
+    shape = data.draw(st.sampled_from([(1,), (4,), (5,), (17,), (64,), (65,), (2, 3), (2, 1, 5), (300,)]))
     dtype, seed = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 2**20))
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, K, generator=generator).to(dtype)
@@ -95,11 +97,11 @@ def test_values_and_gradients(format, double_quant, data):
 
 
 @every_format
-@pytest.mark.parametrize("M", [1, 16, 17, 32, 33, 64, 65])
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 8, 16, 17, 32, 33, 64, 65])
 @pytest.mark.parametrize("N, K", [(37, 128), (96, 1152)])
 def test_integers_are_exact(device, format, double_quant, M, N, K):
     """No rounding can hide a wrong product: the witness against a miscompiled dot, for every tile."""
-    if INTERPRET and M not in (1, 17, 33):
+    if INTERPRET and M not in (1, 3, 5, 33):
         pytest.skip("one of each tile is enough where no compiler runs")
     q = integers(N, K, format, double_quant, seed=M)
     x = torch.randint(-8, 9, (M, K), generator=torch.Generator().manual_seed(M))
@@ -125,8 +127,14 @@ def test_a_row_does_not_depend_on_its_batch(device):
     if device.type == "cpu" and not INTERPRET:
         pytest.skip("torch's CPU matmul makes no such promise")
     together = matmul_4bit(x, q)
-    for rows in (slice(0, 1), slice(3, 19), slice(40, 63)):
+    for rows in (slice(3, 19), slice(40, 63), slice(20, 29)):
         assert torch.equal(matmul_4bit(x[rows], q), together[rows])
+    few = matmul_4bit(x[:4], q)
+    for rows in (slice(0, 1), slice(2, 4), slice(1, 4)):
+        assert torch.equal(matmul_4bit(x[rows], q), few[rows])
+    assert (few - together[:4]).abs().max() <= 4 * EPS[
+        torch.float16
+    ] * together.abs().max()  # where routes meet
 
 
 def test_no_rows(device):
@@ -198,17 +206,46 @@ def test_torch_compile(device):
     assert torch.equal(y, expected) and torch.equal(grad(y, x, dy)[0], grad(expected, x, dy)[0])
 
 
+@every_format
+def test_unaligned_storage(device, format, double_quant):
+    """x and codes that begin 2 bytes and 1 byte past a boundary: the kernels read wider integers."""
+    q = integers(5, 320, format, double_quant).to(device)
+    codes = torch.zeros(q.codes.numel() + 1, dtype=torch.uint8, device=device)[1:].view_as(q.codes)
+    x = torch.randint(-8, 9, (2 * 320 + 1,), generator=torch.Generator().manual_seed(0)).half().to(device)[1:]
+    moved = replace(q, codes=codes.copy_(q.codes))
+    truth = x.view(2, 320).double().cpu() @ dequantize_4bit_ref(q, torch.float64).T.cpu()
+    assert torch.equal(matmul_4bit(x.view(2, 320), moved).cpu(), truth.half())
+
+
 @every_card
 @pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
 def test_compiles(cc):
     def launch():
         for format, double_quant in FORMATS:
             codes, scales, quant_block, first_block = made(64, 2048, format, double_quant).operands()
-            for M in (1, 33):
+            for M in (1, 2, 4, 5, 33):
                 x, bias = torch.randn(M, 2048).bfloat16(), torch.randn(64).bfloat16()
                 _matmul_triton(x, codes, scales, bias, quant_block, first_block)
 
-    assert_compiles(launch, cc, {"_matmul_kernel", "_sum_kernel"})
+    assert_compiles(launch, cc, {"gemv_kernel", "_matmul_kernel", "_sum_kernel"})
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+def test_every_candidate_of_the_sweep_compiles_for_hopper(format):
+    """Within shared memory, and without WGMMA, whose register operands are what ptxas before 13.3 miscompiles."""
+    codes, scales, quant_block, first_block = made(64, 2048, format).operands()
+    with recorded_launches(90) as launches:
+        for route, configs in sweep.CANDIDATES.items():
+            for config in {(*config[:3], 256) for config in configs}:  # programs change the grid alone
+                with sweep.forced(route, config, 90):
+                    for M in sweep.ROWS[route][::3] if route == "vector" else (16, 64):
+                        x = torch.empty(M, 2048, dtype=torch.bfloat16)
+                        _matmul_triton(x, codes, scales, None, quant_block, first_block)
+    assert {name for name, _ in launches} == {"gemv_kernel", "_matmul_kernel", "_sum_kernel"}
+    for _, kernel in launches:
+        assert kernel.metadata.shared <= 1024 * SHARED_LIMIT[90]
+        assert "wgmma" not in kernel.asm["ptx"]
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
@@ -234,8 +271,9 @@ def test_split_and_whole_rows_agree():
     codes, scales, quant_block, first_block = q.operands()
     truth = (x.double() @ dequantize_4bit_ref(q, torch.float64).T).half()
     for programs in (1, 4, 256):
-        config = (*CONFIGS[80][:-1], programs)
-        with mock.patch.dict(CONFIGS, {80: config}):
+        tables = (CONFIGS, VECTOR_CONFIGS)
+        changed = [mock.patch.dict(table, {80: (*table[80][:-1], programs)}) for table in tables]
+        with changed[0], changed[1]:
             assert torch.equal(_matmul_triton(x, codes, scales, None, quant_block, first_block), truth)
 
 

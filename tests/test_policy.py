@@ -277,7 +277,7 @@ def quantised(weights, quantize):
     linear = lambda name: name.rsplit(".", 2)[-2] in LINEARS and name.endswith(".weight")
     device = torch.device("cpu")
     return {
-        name: _place(tensor, quantize if linear(name) else None, device, torch.float32)
+        name: _place(name, tensor, quantize if linear(name) else None, device, torch.float32)
         for name, tensor in weights.items()
     }
 
@@ -300,6 +300,12 @@ def test_a_4_bit_policy_is_the_dense_policy_of_its_dequantised_weights(quantize,
         assert (grads[name] - grad).norm() <= 1e-4 * grad.norm(), name
     plain = tiny_policy(config, tiny_weights(config), lora=lora).score(ids, mask)
     assert (plain - scores).abs().max() > 1e-3, "quantisation changed nothing"
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    weight = torch.full((4, 64), torch.inf)
+    with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj.weight has"):
+        _place("model.layers.0.mlp.up_proj.weight", weight, "nf4", torch.device("cpu"), torch.float32)
 
 
 def test_load_keeps_the_int4_blocks_of_a_gguf_file():

@@ -133,6 +133,18 @@ def test_quantize_refuses(weight, options, message):
         quantize_4bit(weight, **options)
 
 
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@given(row=st.integers(0, 69), column=st.integers(0, 191))
+def test_quantize_names_the_tensor_it_refuses(format, value, row, column):
+    weight = torch.zeros(70, 192)
+    weight[row, column] = value
+    with pytest.raises(ValueError, match=r"^model\.layers\.3\.up\.weight has"):
+        quantize_4bit(weight, format, name="model.layers.3.up.weight")
+    with pytest.raises(ValueError, match=r"^up has shape \(70, 191\), expected .* multiple of the block of"):
+        quantize_4bit(weight[:, :191], format, name="up")
+
+
 def test_dequantize_refuses():
     with pytest.raises(ValueError, match="dtype is torch.float64"):
         dequantize_4bit(quantize_4bit(torch.ones(2, 64)), torch.float64)

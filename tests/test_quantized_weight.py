@@ -1,6 +1,7 @@
 """The container: views, copies, files, and what it refuses."""
 
 import dataclasses
+import json
 
 import bitsandbytes.functional as bnb
 import gguf
@@ -8,6 +9,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
 from hypothesis import given
 from hypothesis import strategies as st
 from nanogrpo.kernels.quantization import dequantize_4bit_ref, quantize_4bit
@@ -138,6 +140,50 @@ def test_from_bitsandbytes_prefix(prefix, asked):
     state, values = bitsandbytes_state(torch.randn(4, 128), prefix, False, block=128)
     q = QuantizedWeight.from_bitsandbytes(state, asked)
     assert q.quant_block == 128 and torch.equal(dequantize_4bit_ref(q), values)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_to_bitsandbytes_is_what_bitsandbytes_writes(double_quant, dtype):
+    weight = torch.randn(48, 640, generator=torch.Generator().manual_seed(3)).to(dtype)
+    theirs, values = bitsandbytes_state(weight, "up.", double_quant)
+    q = quantize_4bit(weight, double_quant=double_quant)
+    ours = q.to_bitsandbytes("up")
+    assert ours.keys() == theirs.keys()
+    header = "up.weight.quant_state.bitsandbytes__nf4"
+    described, expected = (json.loads(bytes(state[header].tolist())) for state in (ours, theirs))
+    assert described == expected
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if name != header)
+    parts = {name.removeprefix("up.weight."): ours[name] for name in ours if name != "up.weight"}
+    loaded = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
+    assert torch.equal(bnb.dequantize_4bit(ours["up.weight"], loaded), values)
+    assert same(QuantizedWeight.from_bitsandbytes(ours, "up"), q)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_from_a_linear_layer_of_bitsandbytes(double_quant):
+    """A state_dict that the package's own layer wrote, bias beside it."""
+    layer = Linear4bit(
+        640, 48, quant_type="nf4", compress_statistics=double_quant, compute_dtype=torch.float32
+    )
+    layer = layer.to("cpu")
+    q = QuantizedWeight.from_bitsandbytes(layer.state_dict(), "")
+    assert torch.equal(
+        dequantize_4bit_ref(q), bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    )
+    saved = q.to_bitsandbytes("")
+    stats = {name.removeprefix("weight."): saved[name] for name in saved if name != "weight"}
+    other = Linear4bit(640, 48, quant_type="nf4", compute_dtype=torch.float32)
+    other.weight, other.bias = Params4bit.from_prequantized(saved["weight"], stats, device="cpu"), layer.bias
+    x = torch.randn(3, 640, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(other(x), layer(x))
+
+
+def test_to_bitsandbytes_refuses():
+    with pytest.raises(ValueError, match="format is 'int4'"):
+        made(format="int4").to_bitsandbytes("up")
+    with pytest.raises(ValueError, match="9 scales into a nested block"):
+        made(double_quant=True).rows(3, 11).to_bitsandbytes("up")
 
 
 def test_from_bitsandbytes_refuses():

@@ -1,0 +1,126 @@
+"""matmul_4bit and its peers on one frozen linear, forward: CUDA graphs over weights rotated past the L2 cache."""
+
+import cases
+import measurement
+import pytest
+import torch
+import torch.nn.functional as F
+from comparison import Error, Peer
+from nanogrpo.kernels import QuantizedWeight, dequantize_4bit, matmul_4bit, quantize_4bit
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Plainly wrong: off by more than this times (1 + max |truth|), where outputs are of order 1.
+LIMITS = {"bfloat16": 2.0**-5, "float32": 1e-4}
+
+
+# Each adapter packs a dense weight (N, K) and returns (tensors, call): call(x, *tensors) -> (M, N) on copies of them.
+
+
+def ours(format):
+    def load(weight):
+        q = quantize_4bit(weight, format)
+        names = list(q.tensors())
+
+        def call(x, *tensors):
+            return matmul_4bit(
+                x, QuantizedWeight.from_tensors(dict(zip(names, tensors, strict=True)), q.metadata)
+            )
+
+        return tuple(q.tensors().values()), call
+
+    return lambda: load
+
+
+def dense():
+    return lambda weight: ((weight,), F.linear)
+
+
+def bitsandbytes():
+    import bitsandbytes.functional as bnb
+
+    def load(weight):
+        packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+
+        def call(x, packed, absmax):
+            import bitsandbytes
+
+            moved = bnb.QuantState(
+                absmax=absmax,
+                shape=state.shape,
+                code=state.code,
+                blocksize=64,
+                quant_type="nf4",
+                dtype=state.dtype,
+            )
+            return bitsandbytes.matmul_4bit(x, packed.t(), quant_state=moved)
+
+        return (packed, state.absmax), call
+
+    return load
+
+
+def tinygemm():
+    """torch's own int4 kernel: groups of 32 with scale and zero, codes of 16 places on an affine grid."""
+
+    def load(weight):
+        N, K = weight.shape
+        groups = weight.float().view(N, K // 32, 32)
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        scale = ((high - low) / 15).clamp(min=1e-9)
+        codes = ((groups - low) / scale).round().clamp(0, 15).to(torch.int32).view(N, K)
+        packed = torch._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8)
+        zero = low + 8 * scale
+        table = torch.cat((scale, zero), -1).to(weight.dtype).transpose(0, 1).contiguous()
+        return (packed, table), lambda x, packed, table: torch._weight_int4pack_mm(x, packed, 32, table)
+
+    return load
+
+
+def peers(format):
+    common = [Peer("cuBLAS" if DEVICE == "cuda" else "BLAS", None, dense)]
+    mine = Peer("ours", None, ours(format))
+    if format == "nf4":
+        return [mine, *common, Peer("bitsandbytes", "bitsandbytes", bitsandbytes, cuda_only=True)]
+    return [mine, *common, Peer("tinygemm", "torch", tinygemm, cuda_only=True)]
+
+
+class Problem:
+    """A weight of variance 1/K on the grid of its format, so that every contender is near the same truth."""
+
+    def __init__(self, case, format):
+        shape, dtype = case.shape, getattr(torch, case.dtype)
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        draw = lambda *size: torch.randn(size, generator=generator, device=DEVICE)
+        self.x = draw(shape["M"], shape["K"]).to(dtype)
+        self.weight = (draw(shape["N"], shape["K"]) / shape["K"] ** 0.5).to(dtype)
+        self.packed = dequantize_4bit(quantize_4bit(self.weight, format), dtype)
+        self.rows = torch.linspace(0, shape["M"] - 1, min(shape["M"], 32), device=DEVICE).long()
+        self.truth = self.x[self.rows].double() @ self.packed.double().T
+
+
+@pytest.fixture(scope="module", params=cases.matmul_4bit(DEVICE), ids=str)
+def case(request):
+    return request.param
+
+
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+def test_matmul_4bit(compare, case, format):
+    problem = Problem(case, format)
+    M, K, N = case.shape["M"], case.shape["K"], case.shape["N"]
+
+    def call(load):
+        tensors, matmul = load(problem.packed)
+        copies = measurement.rotated(tensors, DEVICE)
+        return [lambda tensors=tensors: matmul(problem.x, *tensors) for tensors in copies]
+
+    def verify(got):
+        error = (got[problem.rows] - problem.truth).abs().max() + 0 * got.float().sum()
+        limit = LIMITS[case.dtype] * (1 + problem.truth.abs().max().item())
+        # a second quantisation of values already on nf4's grid is exact; int4's moves them by a part of a step
+        return {"error": Error(error.item(), limit if format == "nf4" else 4 * limit)}
+
+    scales = 4 * N * K // 64 if format == "nf4" else 4 * N * K // 32
+    compare(
+        case, format, peers=peers(format), call=call, verify=verify, graph=DEVICE == "cuda",
+        flops=2 * M * N * K, nbytes=N * K // 2 + scales + problem.x.element_size() * M * (N + K),
+    )  # fmt: skip
