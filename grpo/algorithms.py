@@ -17,7 +17,7 @@ class Algorithm:
 
 ALGORITHMS = {name: Algorithm(name, loss) for name, loss in PRESETS.items() if name != "ppo"} | {
     "ppo": Algorithm("ppo", PRESETS["ppo"], objective="ppo"),
-    # Ranks completions instead of weighing them: of the loss it takes the metrics alone.
+    # Ranks completions instead of weighing them: of the preset it takes the place of a KL penalty alone.
     "online_dpo": Algorithm("online_dpo", PRESETS["grpo"], objective="online_dpo"),
 }
 
