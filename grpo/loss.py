@@ -42,7 +42,7 @@ def _check_choice(what, got, options):
 class Tokens(NamedTuple):
     """What ratios, surrogates and weights look at: (B, T) each, 0 where masked. Only logprobs have gradient.
 
-    ``sampler_logprobs``, ``correction`` (``sampler_correction``) and ``entropy`` are None where not given.
+    ``lengths`` (B,): tokens a row. ``correction``: ``sampler_correction``. The last three are None where not given.
     """
 
     logprobs: torch.Tensor
@@ -50,13 +50,14 @@ class Tokens(NamedTuple):
     log_ratio: torch.Tensor
     advantages: torch.Tensor
     mask: torch.Tensor
+    lengths: torch.Tensor
     sampler_logprobs: torch.Tensor | None = None
     correction: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
 
     def row_mean(self, values):
         """(B, T) -> (B, 1), the mean over o_i of values that are 0 where masked; 0 for an empty row."""
-        return values.sum(dim=1, keepdim=True) / self.mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return values.sum(dim=1, keepdim=True) / self.lengths[:, None].clamp(min=1)
 
 
 def token_ratio(tokens, config):
@@ -83,11 +84,9 @@ def sequence_sum_ratio(tokens, config):
 def geometric_mean_ratio(tokens, config):
     """exp(mean_t c), with c the log-ratio clipped to [-clip_low, clip_high] on the side where going on would pay:
     above for A > 0, below otherwise (GMPO, arXiv 2507.20673). One ratio a row where the advantage is one a row."""
-    log_ratio = tokens.log_ratio
-    clamped = log_ratio.clamp(-config.clip_low, config.clip_high)
-    one_sided = torch.where(
-        tokens.advantages > 0, torch.minimum(log_ratio, clamped), torch.maximum(log_ratio, clamped)
-    )
+    log_ratio, low, high = tokens.log_ratio, -config.clip_low, config.clip_high
+    clipped = torch.where(tokens.advantages > 0, log_ratio > high, log_ratio < low)
+    one_sided = torch.where(clipped, log_ratio.detach().clamp(low, high), log_ratio)
     return tokens.row_mean(one_sided).exp().expand_as(log_ratio)
 
 
@@ -99,12 +98,15 @@ def clip_surrogate(ratio, tokens, config):
     """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), PPO's pessimistic bound (arXiv 1707.06347).
 
     ``dual_clip`` c bounds rho from above where A < 0, where the min leaves it unbounded (arXiv 1912.09729).
-    Every surrogate returns (phi, clipped_low, clipped_high), each (B, T); the masks tell where its bound acted.
+    Every surrogate returns (phi, clipped_low, clipped_high), each (B, T); the masks tell on which tokens it acted.
     """
-    low, high, advantages = 1 - config.clip_low, 1 + config.clip_high, tokens.advantages
-    bounded = ratio if config.dual_clip is None else ratio.clamp(max=config.dual_clip)
-    phi = -torch.minimum(bounded * advantages, ratio.clamp(low, high) * advantages)
-    return phi, (advantages < 0) & (ratio < low), (advantages > 0) & (ratio > high)
+    cost = -tokens.advantages
+    free = (ratio if config.dual_clip is None else ratio.clamp(max=config.dual_clip)) * cost
+    bound = ratio.detach().clamp(1 - config.clip_low, 1 + config.clip_high) * cost
+    # Not torch.maximum: its backward launches ten kernels to share the gradient of ties, here every token inside.
+    clipped = bound > free
+    clipped_high = clipped & (tokens.advantages > 0)
+    return torch.where(clipped, bound, free), clipped ^ clipped_high, clipped_high
 
 
 def cispo_surrogate(ratio, tokens, config):
@@ -112,7 +114,7 @@ def cispo_surrogate(ratio, tokens, config):
     phi, nowhere, _ = _unclipped(
         -ratio.detach().clamp(max=config.clip_high) * tokens.advantages * tokens.logprobs
     )
-    return phi, nowhere, ratio > config.clip_high
+    return phi, nowhere, (ratio > config.clip_high) & tokens.mask
 
 
 def sapo_surrogate(ratio, tokens, config):
@@ -210,10 +212,11 @@ def off_policy_mask(tokens, config):
 def token_weights(tokens, config, threshold=None):
     """Factors w on the policy-gradient term, (B, T), without gradient; neither the KL nor the denominator sees them.
 
-    ``sampler_correction`` times ``off_policy_mask`` times, with top_entropy < 1, entropy >= ``threshold``.
+    ``sampler_correction`` times ``off_policy_mask`` times, with top_entropy < 1, entropy >= ``threshold``; None where
+    the config asks for none of them.
     """
-    weights = tokens.correction
-    if weights is None or config.surrogate == "vespo":
+    weights = None if config.surrogate == "vespo" else tokens.correction
+    if weights is None and (config.off_policy_threshold is not None or config.top_entropy < 1):
         weights = torch.ones_like(tokens.old_logprobs)
     if config.off_policy_threshold is not None:
         weights = torch.where(off_policy_mask(tokens, config), weights, 0.0)
@@ -224,12 +227,17 @@ def token_weights(tokens, config, threshold=None):
 
 def aggregate(per_token, mask, config, denominator):
     """Sum the selected tokens over ``denominator``, a scalar or one a row; "seq-mean-token-mean": sum row means."""
-    per_token = torch.where(mask, per_token, 0.0)
+    return _aggregate(torch.where(mask, per_token, 0.0), mask.sum(dim=1), config, denominator)
+
+
+def _aggregate(selected, lengths, config, denominator):
     if config.aggregate == "seq-mean-token-mean":
-        per_token = per_token / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        if isinstance(denominator, float):  # times int64 it would be float32, whatever the loss is
+            denominator = selected.new_full((), denominator)
+        denominator = lengths.clamp(min=1) * denominator
     if isinstance(denominator, torch.Tensor) and denominator.ndim:
-        return (per_token.sum(dim=1) / denominator).sum()
-    return per_token.sum() / denominator
+        return (selected.sum(dim=1) / denominator).sum()
+    return selected.sum() / denominator
 
 
 def kl_penalty(logprobs, ref_logprobs, estimator, *, gradient="plain", ratio=None):
@@ -560,6 +568,13 @@ def loss_denominator(mask, config, group_ids=None):
     """
     got = f"{mask.dtype} of shape {tuple(mask.shape)}"
     _check(mask.ndim == 2 and mask.dtype == torch.bool, f"mask: got {got}, expected torch.bool (B, T)")
+    count = _denominator(mask, config, group_ids)
+    is_tensor = isinstance(count, torch.Tensor)
+    return count if is_tensor else torch.full((), count, dtype=torch.int64, device=mask.device)
+
+
+def _denominator(mask, config, group_ids):
+    """``loss_denominator`` as an int where the shape of the mask tells it: then it costs the device nothing."""
     if config.aggregate == "token-mean":
         return mask.sum().clamp(min=1)
     count = max(mask.shape[0], 1)
@@ -576,20 +591,7 @@ def loss_denominator(mask, config, group_ids=None):
             length is not None, f"max_completion_length: got None, expected an int for {config.aggregate!r}"
         )
         count *= length
-    return torch.full((), count, dtype=torch.int64, device=mask.device)
-
-
-def _quantiles(values, mask, shares):
-    """Linearly interpolated quantiles of the selected values, (Q,); 0 where nothing is selected. No host sync."""
-    if mask.numel() == 0:
-        return torch.zeros_like(shares)
-    ordered = torch.where(mask, values, math.inf).flatten().sort().values
-    last = (mask.sum() - 1).clamp(min=0)
-    position = shares * last
-    below = position.floor().long()
-    above = torch.minimum(below + 1, last)
-    found = torch.lerp(ordered[below], ordered[above], position - below)
-    return torch.where(mask.any(), found, 0.0)
+    return count
 
 
 def entropy_quantile(entropy, mask, config):
@@ -600,17 +602,33 @@ def entropy_quantile(entropy, mask, config):
     got = tuple(entropy.shape)
     _check(got == tuple(mask.shape), f"entropy: got shape {got}, expected {tuple(mask.shape)} as mask")
     entropy = entropy.detach().to(torch.promote_types(entropy.dtype, torch.float32))
-    return _quantiles(entropy, mask, entropy.new_full((1,), 1 - config.top_entropy))[0]
+    if mask.numel() == 0:
+        return entropy.new_zeros(())
+    ordered = torch.where(mask, entropy, math.inf).flatten().sort().values
+    position = entropy.new_full((1,), 1 - config.top_entropy) * (mask.sum() - 1).clamp(min=0)
+    below, above = ordered[position.long()], ordered[position.ceil().long()]
+    return torch.where(mask.any(), torch.lerp(below, above, position.frac()), 0.0)[0]
 
 
-def _metrics(terms, selected, advantages, mask):
+def _ratio_quantiles(ratio, tokens):
+    """The 0.01, 0.5 and 0.99 quantiles over ``tokens`` (scalar >= 1) tokens, (3,), interpolated linearly."""
+    if ratio.numel() < 2:
+        return ratio.sum().expand(3)
+    ordered = ratio.flatten().sort(descending=True).values  # the masked are 0, so the selected come first
+    position = torch.linspace(0.99, 0.01, 3, dtype=ratio.dtype, device=ratio.device) * (tokens - 1)
+    above, below = ordered.unfold(0, 2, 1)[position.long()].unbind(1)
+    return torch.lerp(above, below, position.frac())
+
+
+def _metrics(terms, selected, advantages, lengths):
     """``LossOutput.metrics`` from the names ``terms`` and values ``selected`` (K, B, T), two reductions for all."""
-    means = selected.sum(dim=(1, 2)) / mask.sum().clamp(min=1)
-    peaks = selected.amax(dim=(1, 2)) if mask.numel() else means
+    present = lengths.clamp(max=1)
+    silent = present ^ advantages.any(dim=1)  # only a row with a token can have a non-zero one
+    counts = torch.stack([lengths, present, silent]).sum(dim=1)
+    tokens, rows, _ = counts.clamp(min=1).unbind()
+    means = selected.sum(dim=(1, 2)) / tokens
+    peaks = selected.amax(dim=(1, 2)) if selected.numel() else means
     mean, peak = (dict(zip(terms, values.unbind(), strict=True)) for values in (means, peaks))
-    has_token = mask.any(dim=1)
-    silent = has_token & (advantages == 0).all(dim=1)
-    shares = torch.linspace(0.01, 0.99, 3, dtype=selected.dtype, device=mask.device)
     metrics = {
         "surrogate": mean["surrogate"],
         "weight_mean": mean["weight"],
@@ -619,10 +637,10 @@ def _metrics(terms, selected, advantages, mask):
         "ess": mean["ratio"].square() / mean["ratio_square"].clamp(min=torch.finfo(selected.dtype).tiny),
         "clip_low_fraction": mean["clip_low"],
         "clip_high_fraction": mean["clip_high"],
-        "zero_advantage_share": silent.sum() / has_token.sum().clamp(min=1),
+        "zero_advantage_share": counts[2] / rows,
     }
     names = ("ratio_p01", "ratio_p50", "ratio_p99")
-    metrics |= zip(names, _quantiles(selected[2], mask, shares).unbind(), strict=True)
+    metrics |= zip(names, _ratio_quantiles(selected[terms.index("ratio")], tokens).unbind(), strict=True)
     for name in ("new_old", "old_sampler", "new_sampler"):
         if name in mean:
             metrics |= {f"{name}_mean": mean[name], f"{name}_max": peak[name]}
@@ -702,36 +720,39 @@ def policy_loss(
         )
         entropy_threshold = entropy_quantile(entropy, mask, config)
     if denominator is None:
-        denominator = loss_denominator(mask, config, group_ids)
+        denominator = _denominator(mask, config, group_ids)
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     if isinstance(denominator, torch.Tensor):
         denominator = (denominator if per_row else denominator.reshape(())).to(dtype)
 
-    def select(values):
-        return None if values is None else torch.where(mask, values.detach().to(dtype), 0.0)
-
-    new, old, ref = torch.where(mask, logprobs.to(dtype), 0.0), select(old_logprobs), select(ref_logprobs)
-    advantages = select(advantages if advantages.ndim == 2 else advantages[:, None])
-    tokens = Tokens(new, old, new - old, advantages, mask, select(sampler_logprobs), None, select(entropy))
+    zero = logprobs.new_zeros((), dtype=dtype)
+    new = torch.where(mask, logprobs.to(dtype), zero)
+    inputs["advantages"] = (advantages if advantages.ndim == 2 else advantages[:, None]).expand_as(mask)
+    given = {name: values.detach().to(dtype) for name, values in inputs.items() if values is not None}
+    inputs |= zip(given, torch.where(mask, torch.stack(list(given.values())), zero).unbind(), strict=True)
+    old, ref, sampler, entropy, advantages = inputs.values()
+    lengths = mask.sum(dim=1)
+    tokens = Tokens(new, old, new - old, advantages, mask, lengths, sampler, None, entropy)
     tokens = tokens._replace(correction=sampler_correction(tokens, config))
 
     ratio = RATIOS[config.ratio_level][0](tokens, config)
     surrogate, clipped_low, clipped_high = SURROGATES[config.surrogate][0](ratio, tokens, config)
     weights = token_weights(tokens, config, entropy_threshold)
-    per_token, kl = weights * surrogate, None
+    per_token, kl = surrogate if weights is None else weights * surrogate, None
     if ref is not None:
         with torch.set_grad_enabled(kl_in_loss and torch.is_grad_enabled()):
-            estimates = {name: KL_ESTIMATORS[name](new - ref) for name in {"k1", "k3", config.kl_estimator}}
+            difference = new - ref
+            estimates = {name: KL_ESTIMATORS[name](difference) for name in {"k1", "k3", config.kl_estimator}}
             rho = token_ratio(tokens, config) if config.ratio_level == "geometric-mean" else ratio
-            kl = _kl_term(estimates[config.kl_estimator], new - ref, config.kl_gradient, rho)
+            kl = _kl_term(estimates[config.kl_estimator], difference, config.kl_gradient, rho)
     if kl_in_loss:
-        per_token = per_token + config.kl_coef * kl
-    loss = aggregate(per_token, mask, config, denominator)
+        per_token = torch.add(per_token, kl, alpha=config.kl_coef)
+    loss = _aggregate(torch.where(mask, per_token, zero), lengths, config, denominator)
 
     with torch.no_grad():
         terms = {
             "surrogate": surrogate,
-            "weight": weights,
+            "weight": torch.ones_like(ratio) if weights is None else weights,
             "ratio": ratio,
             "ratio_square": ratio.square(),
             "clip_low": clipped_low.to(dtype),
@@ -741,19 +762,19 @@ def policy_loss(
         if kl is not None:
             terms |= {"kl": kl, "kl_k1": estimates["k1"], "kl_k3": estimates["k3"]}
         if entropy is not None:
-            terms["entropy"] = tokens.entropy
+            terms["entropy"] = entropy
         if sampler_logprobs is not None:
-            terms["old_sampler"] = (old - tokens.sampler_logprobs).abs()
-            terms["new_sampler"] = (new - tokens.sampler_logprobs).abs()
-        selected = torch.where(mask, torch.stack(list(terms.values())), 0.0)
+            terms["old_sampler"] = (old - sampler).abs()
+            terms["new_sampler"] = (new - sampler).abs()
+        names, selected = list(terms), torch.where(mask, torch.stack(list(terms.values())), zero)
         return LossOutput(
             loss=loss,
             surrogate=selected[0],
             weights=selected[1],
             ratio=selected[2],
-            kl=None if kl is None else selected[list(terms).index("kl")],
-            clipped_low=clipped_low & mask,
-            clipped_high=clipped_high & mask,
-            metrics=_metrics(terms, selected, advantages, mask),
+            kl=None if kl is None else selected[names.index("kl")],
+            clipped_low=clipped_low,
+            clipped_high=clipped_high,
+            metrics=_metrics(names, selected, advantages, lengths),
             warnings=config.warnings,
         )

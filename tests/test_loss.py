@@ -25,6 +25,7 @@ from nanogrpo.grpo.loss import (
     policy_loss,
     preset,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text(encoding="utf-8"))
 LOSSES = [name for name in GOLDEN if "/beta=" in name]
@@ -813,6 +814,35 @@ def test_nothing_waits_for_the_device(name):
         )
         output.loss.backward()
         assert new.grad.shape == new.shape and all(value.shape == () for value in output.metrics.values())
+
+
+class Launches(TorchDispatchMode):
+    """Names of the operators that would launch a kernel: all but views, allocations and questions about dtypes."""
+
+    SILENT = ("detach", "empty", "empty_like", "_unsafe_view", "promote_types")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if not op.is_view and op.overloadpacket.__name__ not in self.SILENT:
+            self.names.append(op.overloadpacket.__name__)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "name, limit", [("grpo", 75), ("dapo", 75), ("gspo", 80), ("cispo", 71), ("reinforce_pp_baseline", 73)]
+)
+def test_few_operators(name, limit):
+    """Small batches cost their kernel launches: forward + backward with KL and metrics. Two more may come unasked."""
+    torch.use_deterministic_algorithms(False)  # they fill allocations, one more operator each
+    batch = floats(golden_batch(), lambda tensor: tensor.detach().float())
+    new = batch.pop("logprobs").requires_grad_()
+    with Launches() as launches:
+        policy_loss(new, **batch, config=preset(name, kl_coef=0.04)).loss.backward()
+    assert len(launches.names) <= limit + 2, sorted(launches.names)
+    assert len(launches.names) > limit // 2  # the mode still sees them
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
