@@ -128,7 +128,8 @@ def plan(N, V, D, itemsize, budget, processors, *, entropy, gradient, packed, co
 
     def time(height, C):
         wave = triton.cdiv(height * triton.cdiv(C, COL_UNIT), processors) * (D + 256) + 600
-        wave += triton.cdiv(height * breadth, processors) * (C + 1024) if gradient else 0
+        # The library cuts this product to fit the card, so that its waves are never far from full.
+        wave += max(1, height * breadth / processors) * (C + 1024) if gradient else 0
         return (wave + (C * D // 2**14 if copied else 0)) * triton.cdiv(V, C)
 
     total = triton.cdiv(N, ROW_UNIT)
@@ -213,9 +214,9 @@ def forward(
                         torch.arange(n, device=h.device),
                     )
                 strides = target_weight.stride()
-                _reference_kernel[(triton.cdiv(n, 64),)](
+                _reference_kernel[(triton.cdiv(n, 16),)](
                     h, target_weight, index, sample, target_bias, sample_bias, reference,
-                    n, D, *strides, scale, cap, **flags, BLOCK_M=64, SAMPLE=SAMPLE, BLOCK_D=32, num_warps=4,
+                    n, D, *strides, scale, cap, **flags, BLOCK_M=16, SAMPLE=SAMPLE, BLOCK_D=64, num_warps=4,
                 )  # fmt: skip
             for cols in _blocks(V, C):
                 w, b = output_head.rows(head, cols, dtype).to(dtype), None if bias is None else bias[cols]
