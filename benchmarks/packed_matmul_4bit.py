@@ -9,13 +9,9 @@ roundings: what ``_NF4_ASM`` needs. ``pack`` / ``unpack`` convert from and to th
 import torch
 import triton
 import triton.language as tl
+from nanogrpo.kernels.quantization import NF4_CODE
 
-NF4_CODE = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-TILE, KB = 128, 16
+TILE = 128
 # The book is rounded after multiplication by a constant that block scales divide out: found by search, it makes the
 # bits pair up (see pack) and halves the worst rounding error (bf16: 0.0019 relative, instead of 0.0031).
 GAIN = {torch.bfloat16: 0.6875, torch.float16: 0.921875}
@@ -33,7 +29,7 @@ def _bits(dtype):
 
 def _order():
     classes = {}
-    for code, (b, h) in enumerate(zip(_bits(torch.bfloat16), _bits(torch.float16), strict=False)):
+    for code, (b, h) in enumerate(zip(_bits(torch.bfloat16), _bits(torch.float16), strict=True)):
         classes.setdefault((b >> 15, b >> 7 & 1, h >> 7 & 1), []).append(code)
     low, high = [], []
     for members in classes.values():
@@ -54,7 +50,7 @@ def _tables(dtype):
         r0, r1 = [b >> shift & 255 for b in bits[:8]], [b >> shift & 255 for b in bits[8:]]
         # code c < 8: A[c] ^ S(B[c]); c + 8: S(A[c]) ^ B[c], S = sign replicated to a byte
         a, b = [], []
-        for u, v in zip(r0, r1, strict=False):
+        for u, v in zip(r0, r1, strict=True):
             assert (u ^ v) < 128
             # msb(A) ^ msb(B) = msb(u) = msb(v); choose msb(B) = 0
             a.append(u)
@@ -115,7 +111,8 @@ def _scaled_int4_asm(dtype):
         if "lop3" in line:
             i = int(line.split(", ")[1][0])
             line = line.replace(f"q, {i},", "q,")
-            line += f"\nfma.rn.{kind} q, q, one, minus;\nfma.rn.{kind} ${i}, q, ${10 + 2 * (i // 2)}, ${18 + 2 * (i // 2)};"  # noqa: E501
+            line += f"\nfma.rn.{kind} q, q, one, minus;"
+            line += f"\nfma.rn.{kind} ${i}, q, ${10 + 2 * (i // 2)}, ${18 + 2 * (i // 2)};"
         lines.append(line)
         if ".reg" in line:
             lines += [f"mov.b32 one, {one};", f"mov.b32 minus, {minus};"]
@@ -207,10 +204,14 @@ def _decode_scaled(w, raw, low, DTYPE: tl.constexpr, ASM: tl.constexpr):
     if not ASM:
         v0, v1, v2, v3, v4, v5, v6, v7 = _decode(w, DTYPE, False, False)
         return (
-            ((v0 - 24) * s0[:, :, None] + c0[:, :, None]).to(DTYPE), ((v1 - 24) * s0[:, :, None] + c0[:, :, None]).to(DTYPE),  # noqa: E501
-            ((v2 - 24) * s1[:, :, None] + c1[:, :, None]).to(DTYPE), ((v3 - 24) * s1[:, :, None] + c1[:, :, None]).to(DTYPE),  # noqa: E501
-            ((v4 - 24) * s2[:, :, None] + c2[:, :, None]).to(DTYPE), ((v5 - 24) * s2[:, :, None] + c2[:, :, None]).to(DTYPE),  # noqa: E501
-            ((v6 - 24) * s3[:, :, None] + c3[:, :, None]).to(DTYPE), ((v7 - 24) * s3[:, :, None] + c3[:, :, None]).to(DTYPE),  # noqa: E501
+            ((v0 - 24) * s0[:, :, None] + c0[:, :, None]).to(DTYPE),
+            ((v1 - 24) * s0[:, :, None] + c0[:, :, None]).to(DTYPE),
+            ((v2 - 24) * s1[:, :, None] + c1[:, :, None]).to(DTYPE),
+            ((v3 - 24) * s1[:, :, None] + c1[:, :, None]).to(DTYPE),
+            ((v4 - 24) * s2[:, :, None] + c2[:, :, None]).to(DTYPE),
+            ((v5 - 24) * s2[:, :, None] + c2[:, :, None]).to(DTYPE),
+            ((v6 - 24) * s3[:, :, None] + c3[:, :, None]).to(DTYPE),
+            ((v7 - 24) * s3[:, :, None] + c3[:, :, None]).to(DTYPE),
         )  # fmt: skip
     else:
         t0, t1, t2, t3 = (
@@ -270,7 +271,8 @@ def _scale(
 def _fast_kernel(
     x, codes, scales, bias, out, M, N, tiles, steps, first_block,
     FORMAT: tl.constexpr, PARTIAL: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, OVER_N: tl.constexpr,
-    SCALED: tl.constexpr, PREFETCH: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,  # noqa: E501
+    SCALED: tl.constexpr, PREFETCH: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A tile of W @ x.T; S warps take BLOCK_N rows of W each (OVER_N), or share them, each with every S-th tile of K.
 
@@ -401,7 +403,7 @@ def plan(tiles_n, tiles_k, slices, programs):
 
 
 def launch_plan(x, packed, scales, bias, first_block, config, asm=True):
-    """Arguments of the launches of ``fast_matmul``: (kernel, grid, positional, keywords), as ``warmup`` takes them."""  # noqa: E501
+    """Arguments of the launches of ``fast_matmul``: (kernel, grid, positional, keywords)."""
     over_n, S, block_n, block_m, stages, programs, pdl, *scaled = config
     (M, K), N = x.shape, len(packed)
     tiles = K // TILE
@@ -430,12 +432,12 @@ def launch_plan(x, packed, scales, bias, first_block, config, asm=True):
 
 
 def fast_matmul(x, packed, scales, config, bias=None, first_block=0, asm=True):
-    """x (M, K) @ W.T. ``packed`` of ``pack``; ``scales`` of ``QuantizedWeight.operands``, 8-byte aligned; K % 128 == 0.
+    """x (M, K) @ W.T; K % 128 == 0. ``packed`` of ``pack``; ``scales`` as ``QuantizedWeight.operands`` lists them.
 
     config: over_n, S (warps), BLOCK_N (rows of W a warp: 16 or 32), BLOCK_M, stages, programs that fill the card, pdl
-    (0: plain launches; 1: programmatic dependent launch; 2: the same, and codes prefetched to L2 before the wait); then optionally
-    1 (int4): weights are scaled and rounded before the dot, instead of float32 block scales after it.
-    """  # noqa: E501
+    (0: plain launches; 1: programmatic dependent launch; 2: the same, and codes prefetched to L2 before the wait);
+    then optionally 1 (int4): weights are scaled and rounded before the dot, not by float32 block scales after it.
+    """
     out, launches = launch_plan(x, packed, scales, bias, first_block, config, asm)
     for kernel, grid, positional, keywords in launches:
         kernel[grid](*positional, **keywords)
