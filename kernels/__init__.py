@@ -5,6 +5,9 @@ from .lora_linear import lora_linear
 from .matmul_4bit import matmul_4bit
 from .paged_attention import paged_attention, store_kv
 from .quantization import QuantizedWeight, dequantize_4bit, quantize_4bit
+from .rms_norm import rms_norm
+from .rotary import rotary
+from .swiglu import swiglu
 
 __all__ = [
     "LogprobOutput",
@@ -15,5 +18,8 @@ __all__ = [
     "matmul_4bit",
     "paged_attention",
     "quantize_4bit",
+    "rms_norm",
+    "rotary",
     "store_kv",
+    "swiglu",
 ]
