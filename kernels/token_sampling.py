@@ -302,7 +302,7 @@ def sample_tokens(logits, rows, temperature, *, uniforms=None, keys=None):
         tokens (B,) int64; logprobs (B,) float32 at the temperature, at 1 where it is 0, over the full vocabulary.
 
     Raises:
-        ValueError: a shape, dtype, device, row or the temperature is not as above, or the noise is not from one source.
+        ValueError: a shape, dtype, device, row or the temperature is not as above, or the noise has not one source.
     """
     if logits.ndim != 2 or logits.dtype != torch.float32 or not logits.shape[1]:
         raise ValueError(f"logits is {logits.dtype} {tuple(logits.shape)}, expected torch.float32 (R, V)")
