@@ -12,7 +12,7 @@ chunk and the token in that part. Bytes: one read of the logits, and B (4 CHUNK 
 beside the outputs: 8 R ceil(V / CHUNK). Nothing waits for the device and no shape depends on values: both launches
 can be captured in a CUDA graph, where tokens and keys are read live.
 
-Precision: exponentials in float32, sums of at most CHUNK of them in float32, sums of those in float64. A token
+Precision: exponentials in float32, sums inside a chunk in float32, sums of chunks in float64. A token
 differs from the float64 inverse of the cumulative distribution only where u is within rounding (8 units of float32
 times 1 + max|logits / temperature|) of a border between two tokens; it never has probability 0. Sums run in fixed
 order: a draw depends on its row of logits, its noise and the temperature, and on nothing else in the batch.
@@ -26,9 +26,9 @@ import triton.language as tl
 
 from . import _runtime
 
-CHUNK = 4096
+CHUNK = 2048
 PART = 64  # tokens of a chunk that the last of the three searches covers
-CHUNK_WARPS, DRAW_WARPS = 8, 4
+CHUNK_WARPS, DRAW_WARPS = 4, 4
 KEY_BLOCK = 256
 KEYS = ("prompt_index", "group_index", "position")
 # SplitMix64's increment and the two factors of its finaliser.
@@ -128,11 +128,12 @@ def _chunk_kernel(
 
 @triton.jit
 def _find(masses, index, target, COUNT: tl.constexpr):
-    """First index whose cumulative mass passes target, else the last of positive mass, else 0; the mass before it."""
+    """First index whose cumulative mass passes target, else the last of positive mass, else 0."""
     passed = (tl.cumsum(masses, axis=0) > target) & (masses > 0)
-    first = tl.min(tl.where(passed, index, COUNT), axis=0)
-    found = tl.where(first < COUNT, first, tl.max(tl.where(masses > 0, index, 0), axis=0))
-    return found, tl.sum(tl.where(index < found, masses, 0.0), axis=0)
+    # One reduction for all three cases: the last of positive mass is the least in the order from COUNT on.
+    order = tl.where(passed, index, tl.where(masses > 0, 2 * COUNT - 1 - index, 2 * COUNT))
+    least = tl.min(order, axis=0)
+    return tl.where(least < COUNT, least, tl.where(least < 2 * COUNT, 2 * COUNT - 1 - least, 0))
 
 
 @triton.jit
@@ -166,19 +167,19 @@ def _draw_kernel(
         else:
             u = tl.load(uniforms + draw)
         target = u * total
-        chunk, before = _find(masses, c, target, CHUNKS)
+        chunk = _find(masses, c, target, CHUNKS)
+        before = tl.sum(tl.where(c < chunk, masses, 0.0), axis=0)
         # From here on in units of exp(chunk's own maximum), which no underflow reaches.
-        inside = tl.sum(tl.where(c == chunk, share, 0.0), axis=0)
-        peak = tl.sum(tl.where(c == chunk, peak, 0.0), axis=0)
-        target = (target - before) / inside
+        peak = tl.load(peaks + row * chunks + chunk)
+        target = ((target - before) / tl.exp(peak - top).to(tl.float64)).to(tl.float32)
         token = chunk * CHUNK + part[:, None] * PART + lane[None, :]
         x = tl.load(source + token, mask=token < V, other=float("-inf"))
-        weights = tl.exp(_scaled(x, temperature, GREEDY) - peak).to(tl.float64)
-        found, before = _find(tl.sum(weights, axis=1), part, target, parts)
+        masses = tl.sum(tl.exp(_scaled(x, temperature, GREEDY) - peak), axis=1)
+        found = _find(masses, part, target, parts)
+        target -= tl.sum(tl.where(part < found, masses, 0.0), axis=0)
         start = chunk * CHUNK + found * PART
         x = tl.load(source + start + lane, mask=start + lane < V, other=float("-inf"))
-        weights = tl.exp(_scaled(x, temperature, GREEDY) - peak).to(tl.float64)
-        found, _ = _find(weights, lane, target - before, PART)
+        found = _find(tl.exp(_scaled(x, temperature, GREEDY) - peak), lane, target, PART)
         pick = start + found
     drawn = _scaled(tl.load(source + pick), temperature, GREEDY)
     tl.store(tokens + draw, pick.to(tl.int64))
