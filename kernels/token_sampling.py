@@ -12,10 +12,10 @@ chunk and the token in that part. Bytes: one read of the logits, and B (4 CHUNK 
 beside the outputs: 8 R ceil(V / CHUNK). Nothing waits for the device and no shape depends on values: both launches
 can be captured in a CUDA graph, where tokens and keys are read live.
 
-Precision: exponentials in float32, sums inside a chunk in float32, sums of chunks in float64. A token
-differs from the float64 inverse of the cumulative distribution only where u is within rounding (8 units of float32
-times 1 + max|logits / temperature|) of a border between two tokens; it never has probability 0. Sums run in fixed
-order: a draw depends on its row of logits, its noise and the temperature, and on nothing else in the batch.
+Precision: exponentials in float32, sums inside a chunk in float32, sums of chunks in float64. A token differs from
+the float64 inverse of the cumulative distribution only where u is within rounding (8 units of float32 times
+1 + max|logits / temperature|) of a border between two tokens; it never has probability 0. Sums run in fixed order: a
+draw depends on its row of logits, its noise and the temperature, and on nothing else in the batch.
 
 ``counter_uniform`` chains the finaliser of SplitMix64 (Steele et al., OOPSLA 2014) over its keys.
 """
@@ -72,9 +72,8 @@ def sample_tokens_ref(logits, rows, uniforms, temperature):
     else:
         cumulative = weights.cumsum(-1, dtype=torch.float64)[rows]
         threshold = uniforms[:, None] * cumulative[:, -1:]
-        last = torch.searchsorted(
-            cumulative, cumulative[:, -1:].contiguous()
-        )  # the last token that can be drawn
+        # At most the last token that adds to the sum, whatever is behind it.
+        last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
         tokens = torch.searchsorted(cumulative, threshold, right=True).minimum(last)[:, 0]
         tokens = tokens.clamp_(max=logits.shape[-1] - 1)  # where the sums are NaN
     return tokens, centred[rows, tokens] - log_total[rows, 0]

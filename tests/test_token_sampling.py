@@ -64,6 +64,13 @@ def test_draws_invert_the_cumulative_distribution(R, V, B, temperature, excluded
     assert_inverts_the_cdf(*problem(R, V, B, excluded=excluded, scale=scale, seed=seed), temperature)
 
 
+@pytest.mark.parametrize("excluded", [0.0, 0.5])
+@pytest.mark.parametrize("scale", [0.1, 2.0])
+def test_draws_among_many_likely_tokens(scale, excluded, device):
+    """Probabilities near 1e-4: an error of that size in any of the three searches shows."""
+    assert_inverts_the_cdf(*problem(2, 9001, 40, device=device, scale=scale, excluded=excluded), 1.0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("temperature", [0, 0.6, 1.0])
 @pytest.mark.parametrize("V", [49152, 128256, 151936, 256000, 262145])
