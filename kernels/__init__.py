@@ -5,15 +5,24 @@ from .lora_linear import lora_linear
 from .matmul_4bit import matmul_4bit
 from .paged_attention import paged_attention, store_kv
 from .quantization import QuantizedWeight, dequantize_4bit, quantize_4bit
+from .rms_norm import rms_norm
+from .rotary import rotary
+from .swiglu import swiglu
+from .token_sampling import counter_uniform, sample_tokens
 
 __all__ = [
     "LogprobOutput",
     "QuantizedWeight",
+    "counter_uniform",
     "dequantize_4bit",
     "fused_linear_logprob",
     "lora_linear",
     "matmul_4bit",
     "paged_attention",
     "quantize_4bit",
+    "rms_norm",
+    "rotary",
+    "sample_tokens",
     "store_kv",
+    "swiglu",
 ]
