@@ -35,13 +35,6 @@ def register(name, *, triton_impl, torch_impl, fake, backward=None, setup_contex
     return op
 
 
-def route(op, triton_impl, torch_impl, device):
-    """The launcher itself where nothing traces, since the dispatcher costs tens of microseconds; else ``op``."""
-    if torch.compiler.is_compiling() or device.type not in ("cpu", "cuda"):
-        return op
-    return triton_impl if device.type == "cuda" or INTERPRET else torch_impl
-
-
 def arch(device):
     """Compute capability of ``device`` as an integer (90 for sm_90); 80 on the CPU, the smallest target."""
     if device.type != "cuda":

@@ -46,6 +46,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _runtime, logit_passes, logit_passes_cpu, output_head
+from .dispatch import route
 from .logit_passes import addmm_, blocks
 from .quantization import QuantizedWeight, dequantize_4bit
 
@@ -191,7 +192,7 @@ class _LinearLogprob(torch.autograd.Function):
         total = len(hidden)
         if rows is not None:
             hidden, target_ids = hidden.index_select(0, rows), target_ids.index_select(0, rows)
-        forward = _runtime.route(_fwd, logit_passes.forward, logit_passes_cpu.forward, hidden.device)
+        forward = route(_fwd, logit_passes.forward, logit_passes_cpu.forward, hidden.device)
         logprobs, entropy, stats, direction, direction_scale = forward(
             hidden, *output_head.operands(weight), bias, target_ids, *scales, return_entropy, gradient, workspace
         )  # fmt: skip
@@ -225,7 +226,7 @@ class _LinearLogprob(torch.autograd.Function):
         if grad_logprobs is None and not with_entropy:
             return nothing
         if ctx.gradient and not with_entropy:
-            scale = _runtime.route(_scale, logit_passes.scale_rows, _scale_rows_torch, direction.device)
+            scale = route(_scale, logit_passes.scale_rows, _scale_rows_torch, direction.device)
             return scale(direction, direction_scale, grad_logprobs, rows, ctx.dtype), *nothing[1:]
         hidden, weight, bias, target_ids, stats, entropy = inputs
         upstream = [grad for grad in (grad_logprobs, grad_entropy) if grad is not None]
