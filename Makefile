@@ -12,7 +12,8 @@ train: $(VENV)/ready
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_linear_logprob.py tests/test_quantization.py \
-		tests/test_matmul_4bit.py tests/test_lora_linear.py tests/test_paged_attention.py
+		tests/test_matmul_4bit.py tests/test_lora_linear.py tests/test_paged_attention.py \
+		tests/test_tree_attention.py
 
 test-gpu: $(VENV)/ready-test
 	$(BIN)/python -m pytest -m gpu

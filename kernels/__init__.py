@@ -5,6 +5,7 @@ from .lora_linear import lora_linear
 from .matmul_4bit import matmul_4bit
 from .paged_attention import paged_attention, store_kv
 from .quantization import QuantizedWeight, dequantize_4bit, quantize_4bit
+from .tree_attention import tree_attention, tree_plan
 
 __all__ = [
     "LogprobOutput",
@@ -16,4 +17,6 @@ __all__ = [
     "paged_attention",
     "quantize_4bit",
     "store_kv",
+    "tree_attention",
+    "tree_plan",
 ]
