@@ -15,8 +15,8 @@ counts: any key_end in 0..T is allowed, and a query that sees nothing gives zero
 With P visible pairs (tiles that hide every pair are skipped) forward does 4 P H D FLOPs and backward 14 P H D: dq and
 dk, dv each recompute the probabilities. Saved for backward: the arguments, out, and H T float32 (the logsumexp).
 Extra memory, in bytes, for tiles of the configuration's sizes: the plan, 4 ceil(T / PLAN_M) (2 + ceil(T / PLAN_N))
-and 4 (2 + 6 B) for B = ceil(T / BLOCK_N) blocks of BLOCK_N keys; in backward 4 H T for dout . out, and
-8 B BLOCK_N KVH D for sums of dk and dv in parts.
+and 4 (2 + 4 B + 2 S) for B = ceil(T / BLOCK_N) blocks of BLOCK_N keys and S = max(B, 256 // KVH) slots; in backward
+4 H T for dout . out, and 8 S BLOCK_N KVH D for sums of dk and dv in parts.
 
 Scores, softmax and sums are float32; the probabilities and ds are rounded to the inputs' dtype before their second
 product, and every result is rounded once. No atomics: a call repeats bit for bit. Tiles stand at multiples of their
@@ -31,7 +31,7 @@ import torch
 import triton
 
 from . import _runtime
-from .tree_plan import launch_plan, plan_sizes
+from .tree_plan import launch_plan, plan_sizes, slots_of
 from .tree_tiles import _dkv_kernel, _dq_kernel, _forward_kernel, _merge_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,28 +41,24 @@ MERGE_ROWS = 16
 LOG2_E = 1.4426950408889634
 
 # By most columns of a padded head: the plan's tile (queries, keys), which the tiles of forward and dq divide; then
-# (BLOCK_M, BLOCK_N, warps, stages) of forward, dq, and dk with dv.
+# (BLOCK_M, BLOCK_N, warps, stages) of forward, dq, and dk with dv. What is fastest on sm_90 fits the 99 KiB of
+# sm_86, sm_89 and sm_120, so one table serves all cards.
+HALF = {
+    64: ((64, 128), (64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3)),
+    128: ((64, 64), (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 3)),
+    256: ((64, 32), (64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)),
+}
 FLOAT = {  # float32 has no tensor cores here: small tiles keep its unrolled products short
     64: ((64, 32), (64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
     128: ((32, 32), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
     256: ((32, 16), (32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
-SMALL = {  # 99 KiB of shared memory, and sm_80
-    64: ((128, 64), (128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    128: ((64, 64), (64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
-    256: ((64, 32), (64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-}
-LARGE = SMALL | {  # 227 KiB
-    64: ((128, 64), (128, 64, 4, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
-    128: ((128, 64), (128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-}
 
 
-def _config(dim, dtype, device):
+def _config(dim, dtype):
     """Padded head dimension and its tiles."""
     block_d = max(16, triton.next_power_of_2(dim))
-    half = LARGE if _runtime.arch(device) in (90, 100) else SMALL
-    return block_d, (FLOAT if dtype.itemsize == 4 else half)[max(64, block_d)]
+    return block_d, (FLOAT if dtype.itemsize == 4 else HALF)[max(64, block_d)]
 
 
 def tree_attention_ref(q, k, v, key_end, scale=None):
@@ -80,8 +76,8 @@ def _tree_plan_triton(
     key_end: torch.Tensor, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
 ) -> list[torch.Tensor]:
     key_end = key_end.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
-    plan, _, _, dkv = _config(dim, dtype, key_end.device)[1]
-    shape, size = plan_sizes(len(key_end), plan, dkv)
+    plan, _, _, dkv = _config(dim, dtype)[1]
+    shape, size = plan_sizes(len(key_end), plan, dkv, kv_heads)
     blocks, items = key_end.new_empty(shape), key_end.new_empty(size)
     if len(key_end):
         with _runtime.launch_on(key_end):
@@ -96,8 +92,8 @@ def _tree_plan_torch(key_end, heads, kv_heads, dim, dtype):
 def _tree_plan_fake(key_end, heads, kv_heads, dim, dtype):
     if key_end.device.type == "cpu" and not _runtime.INTERPRET:
         return _tree_plan_torch(key_end, heads, kv_heads, dim, dtype)
-    plan, _, _, dkv = _config(dim, dtype, key_end.device)[1]
-    shape, size = plan_sizes(len(key_end), plan, dkv)
+    plan, _, _, dkv = _config(dim, dtype)[1]
+    shape, size = plan_sizes(len(key_end), plan, dkv, kv_heads)
     return [key_end.new_empty(s, dtype=torch.int32) for s in (key_end.shape, shape, size)]
 
 
@@ -114,7 +110,7 @@ def _forward_triton(
     if not q.numel():
         return [out, lse]
     q, k, v = _rows(q), _rows(k), _rows(v)
-    block_d, ((plan_m, plan_n), (block_m, block_n, warps, stages), *_) = _config(D, q.dtype, q.device)
+    block_d, ((plan_m, plan_n), (block_m, block_n, warps, stages), *_) = _config(D, q.dtype)
     with _runtime.launch_on(q):
         _forward_kernel[(H, triton.cdiv(T, block_m))](
             q, k, v, key_end, blocks, out, lse, T, blocks.shape[1], scale * LOG2_E,
@@ -134,11 +130,12 @@ def _backward_triton(
     if not q.numel():
         return [dq, grads]
     q, k, v, dout = _rows(q), _rows(k), _rows(v), dout.contiguous()
-    block_d, (plan, _, (dq_m, dq_n, dq_warps, dq_stages), dkv) = _config(D, q.dtype, q.device)
+    block_d, (plan, _, (dq_m, dq_n, dq_warps, dq_stages), dkv) = _config(D, q.dtype)
     block_m, block_n, warps, stages = dkv
     key_blocks, scale2 = triton.cdiv(T, block_n), scale * LOG2_E
     delta = torch.empty_like(lse)
-    slots = torch.empty(key_blocks, KVH, 2, block_n, D, dtype=torch.float32, device=q.device)
+    slot_count = slots_of(key_blocks, KVH)
+    slots = torch.empty(slot_count, KVH, 2, block_n, D, dtype=torch.float32, device=q.device)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     with _runtime.launch_on(q):
         _dq_kernel[(H, triton.cdiv(T, dq_m))](
@@ -146,13 +143,13 @@ def _backward_triton(
             GROUP=H // KVH, D=D, BLOCK_M=dq_m, BLOCK_N=dq_n, BLOCK_D=block_d, PLAN_M=plan[0], PLAN_N=plan[1],
             num_warps=dq_warps, num_stages=dq_stages,
         )  # fmt: skip
-        _dkv_kernel[(KVH, 2 * key_blocks)](
-            q, k, v, key_end, items, lse, dout, delta, grads, slots, T, key_blocks, scale, scale2, *strides,
-            GROUP=H // KVH, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
+        _dkv_kernel[(KVH, key_blocks + slot_count)](
+            q, k, v, key_end, items, lse, dout, delta, grads, slots, T, key_blocks, slot_count, scale, scale2,
+            *strides, GROUP=H // KVH, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
         _merge_kernel[(KVH, key_blocks * (block_n // MERGE_ROWS), 2)](
-            items, slots, grads, T, key_blocks,
+            items, slots, grads, T, key_blocks, slot_count,
             D=D, BLOCK_N=block_n, ROWS=MERGE_ROWS, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return [dq, grads]

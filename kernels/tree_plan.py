@@ -12,6 +12,7 @@ import triton.language as tl
 
 # Programs per (key block, key head) wanted at least, so that uneven walks even out; fixed, so that sums are, too.
 PROGRAMS = 512
+SLOTS = 256  # pairs (key head, partial sum) that there is room for, though there be fewer key blocks
 WINDOW = 32  # key blocks looked at together
 
 
@@ -47,9 +48,9 @@ def _plan_queries_kernel(
     tl.store(reach + key_block, tl.minimum(tl.max(end, 1), T), mask=key_block * KEYS < T)
 
 
-@triton.jit(do_not_specialize=["key_blocks", "group", "kv_heads"])
+@triton.jit(do_not_specialize=["key_blocks", "slots", "group", "kv_heads"])
 def _plan_keys_kernel(
-    reach, items, key_blocks, group, kv_heads, programs,
+    reach, items, key_blocks, slots, group, kv_heads, programs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """items: [steps a chunk, number of items | block, chunk of each item | first slot, chunks of each block]."""
@@ -59,16 +60,15 @@ def _plan_keys_kernel(
     steps = tl.where(inside, group * tl.cdiv(tl.maximum(end - block * BLOCK_N, 0), BLOCK_M), 0)
     most = tl.cdiv(tl.sum(steps.to(tl.int64)) * kv_heads, programs).to(tl.int32)
     most = tl.maximum(most, 4)
-    # At most as many slots as key blocks, so the memory of the partial sums is that of one float32 dk and dv.
-    while tl.sum(tl.where(steps > most, tl.cdiv(steps, most), 0)) > key_blocks:
+    while tl.sum(tl.where(steps > most, tl.cdiv(steps, most), 0)) > slots:
         most += most // 4 + 1
     chunks = tl.where(inside, tl.maximum(tl.cdiv(steps, most), 1), 0)
-    slots = tl.where(chunks > 1, chunks, 0)
+    used = tl.where(chunks > 1, chunks, 0)
     item = tl.cumsum(chunks, 0) - chunks
     tl.store(items, most)
     tl.store(items + 1, tl.sum(chunks))
-    per_item, per_block = items + 2, items + 2 + 4 * key_blocks
-    tl.store(per_block + 2 * block, tl.cumsum(slots, 0) - slots, mask=inside)
+    per_item, per_block = items + 2, items + 2 + 2 * (key_blocks + slots)
+    tl.store(per_block + 2 * block, tl.cumsum(used, 0) - used, mask=inside)
     tl.store(per_block + 2 * block + 1, chunks, mask=inside)
     for chunk in range(0, tl.max(chunks)):
         tl.store(per_item + 2 * (item + chunk), block, mask=chunk < chunks)
@@ -85,12 +85,18 @@ def launch_plan(key_end, blocks, items, group, kv_heads, plan, dkv):
         PLAN_M=plan_m, PLAN_N=plan_n, KEYS=block_n, WINDOW=WINDOW, num_warps=4,
     )  # fmt: skip
     _plan_keys_kernel[(1,)](
-        reach, items, key_blocks, group, kv_heads, PROGRAMS,
+        reach, items, key_blocks, slots_of(key_blocks, kv_heads), group, kv_heads, PROGRAMS,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_B=max(16, triton.next_power_of_2(key_blocks)), num_warps=4,
     )  # fmt: skip
 
 
-def plan_sizes(T, plan, dkv):
+def slots_of(key_blocks, kv_heads):
+    """Partial sums that there is room for: one float32 dk and dv, or ``SLOTS`` blocks if that is more."""
+    return max(key_blocks, SLOTS // kv_heads)
+
+
+def plan_sizes(T, plan, dkv, kv_heads):
     """Shape of blocks and number of items for T tokens."""
-    plan_m, plan_n = plan
-    return (triton.cdiv(T, plan_m), 2 + triton.cdiv(T, plan_n)), 2 + 6 * triton.cdiv(T, dkv[1])
+    (plan_m, plan_n), key_blocks = plan, triton.cdiv(T, dkv[1])
+    items = 2 + 4 * key_blocks + 2 * slots_of(key_blocks, kv_heads)
+    return (triton.cdiv(T, plan_m), 2 + triton.cdiv(T, plan_n)), items

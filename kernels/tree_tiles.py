@@ -60,7 +60,7 @@ def _forward_blocks(
     return m, l, acc
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "width"])
 def _forward_kernel(
     q, k, v, key_end, blocks, out, lse, T, width, scale2,
     q_token, q_head, k_token, k_head, v_token, v_head,
@@ -114,7 +114,7 @@ def _dq_blocks(
     return dq
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "width"])
 def _dq_kernel(
     q, k, v, key_end, blocks, out, lse, dout, delta, dq, T, width, scale, scale2,
     q_token, q_head, k_token, k_head, v_token, v_head,
@@ -180,9 +180,9 @@ def _dkv_steps(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "key_blocks", "slot_count"])
 def _dkv_kernel(
-    q, k, v, key_end, items, lse, dout, delta, grads, slots, T, key_blocks, scale, scale2,
+    q, k, v, key_end, items, lse, dout, delta, grads, slots, T, key_blocks, slot_count, scale, scale2,
     q_token, q_head, k_token, k_head, v_token, v_head,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -220,7 +220,7 @@ def _dkv_kernel(
         low, whole, first, T, scale2, q_token, q_head, H * D, D, BLOCK_D, BLOCK_M, True,
     )  # fmt: skip
     dk *= scale
-    per_block = items + 2 + 4 * key_blocks + 2 * block
+    per_block = items + 2 + 2 * (key_blocks + slot_count) + 2 * block
     if tl.load(per_block + 1) == 1:
         to = grads + (start * KVH + kv_head) * D
         _store_tile(to, dk, KVH * D, T - first, D, BLOCK_N, BLOCK_D)
@@ -232,16 +232,16 @@ def _dkv_kernel(
         _store_tile(part + BLOCK_N * D, dv, D, BLOCK_N, D, BLOCK_N, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "key_blocks", "slot_count"])
 def _merge_kernel(
-    items, slots, grads, T, key_blocks,
+    items, slots, grads, T, key_blocks, slot_count,
     D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds the chunks of a key block in order, ROWS keys a program, and rounds the sum once."""
     kv_head, KVH, which = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.program_id(2)
     PARTS: tl.constexpr = BLOCK_N // ROWS
     block, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
-    per_block = items + 2 + 4 * key_blocks + 2 * block
+    per_block = items + 2 + 2 * (key_blocks + slot_count) + 2 * block
     chunks = tl.load(per_block + 1)
     if chunks == 1:
         return

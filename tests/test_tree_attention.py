@@ -198,14 +198,15 @@ def test_long_walks_are_cut_and_merged(device):
     st.sampled_from([(64, 32), (32, 32)]),
     st.sampled_from([(16, 32), (32, 16)]),
     st.integers(1, 600),
+    st.integers(0, 32),
 )
 @pytest.mark.skipif(not INTERPRET, reason="the plan is Triton's")
-def test_plan_lists_each_tile_once(key_end, plan, dkv, programs):
+def test_plan_lists_each_tile_once(key_end, plan, dkv, programs, slots):
     T, group, kv_heads = len(key_end), 3, 2
     key_end = key_end.int()
-    (rows, width), size = planner.plan_sizes(T, plan, dkv)
-    blocks, items = key_end.new_empty(rows, width), key_end.new_empty(size)
-    with mock.patch.object(planner, "PROGRAMS", programs):
+    with mock.patch.multiple(planner, PROGRAMS=programs, SLOTS=slots):
+        (rows, width), size = planner.plan_sizes(T, plan, dkv, kv_heads)
+        blocks, items = key_end.new_empty(rows, width), key_end.new_empty(size)
         planner.launch_plan(key_end, blocks, items, group, kv_heads, plan, dkv)
     index = torch.arange(T)
     seen = (index[None, :] <= index[:, None]) & (index[:, None] < key_end[None, :])
@@ -217,16 +218,17 @@ def test_plan_lists_each_tile_once(key_end, plan, dkv, programs):
         assert sorted(listed[len(listed) - others :]) == some
     key_blocks = -(-T // dkv[1])
     most, count, *rest = items.tolist()
-    per_block = [tuple(rest[4 * key_blocks + 2 * i :][:2]) for i in range(key_blocks)]
+    slots = max(key_blocks, slots // kv_heads)
+    per_block = [tuple(rest[2 * (key_blocks + slots + i) :][:2]) for i in range(key_blocks)]
     walks = [
         group * -(-max(0, min(T, max(ends)) - i * dkv[1]) // dkv[0])
         for i, ends in enumerate(x.tolist() for x in key_end.split(dkv[1]))
     ]
     assert [chunks for _, chunks in per_block] == [max(1, -(-walk // most)) for walk in walks]
     expected = [(i, chunk) for i, (_, chunks) in enumerate(per_block) for chunk in range(chunks)]
-    assert [tuple(rest[2 * i :][:2]) for i in range(count)] == expected and count <= 2 * key_blocks
+    assert [tuple(rest[2 * i :][:2]) for i in range(count)] == expected and count <= key_blocks + slots
     used = [slot + chunk for slot, chunks in per_block if chunks > 1 for chunk in range(chunks)]
-    assert used == list(range(len(used))) and len(used) <= key_blocks
+    assert used == list(range(len(used))) and len(used) <= slots
 
 
 def test_a_plan_is_used_again(device):
@@ -389,15 +391,16 @@ def test_gpu_repeats_bit_for_bit():
 def test_gpu_memory_is_as_stated():
     T, heads, kv_heads, dim = 8192, 12, 2, 128
     q, k, v, key_end, dout = problem(chains([1024] * 8), heads, kv_heads, dim, torch.bfloat16, device="cuda")
-    (plan_m, plan_n), _, _, (_, block_n, *_) = module._config(dim, q.dtype, q.device)[1]
+    (plan_m, plan_n), _, _, (_, block_n, *_) = module._config(dim, q.dtype)[1]
     leaves = [t.requires_grad_() for t in (q, k, v)]
     slack = 2**16
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     out = tree_attention(*leaves, key_end)
-    blocks, merged = -(-T // plan_m) * (2 + -(-T // plan_n)), -(-T // block_n)
-    kept = out.nbytes + 4 * T * heads + 4 * blocks + 4 * (2 + 6 * merged) + 4 * T
+    blocks, key_blocks = -(-T // plan_m) * (2 + -(-T // plan_n)), -(-T // block_n)
+    slots = max(key_blocks, 256 // kv_heads)
+    kept = out.nbytes + 4 * T * heads + 4 * blocks + 4 * (2 + 4 * key_blocks + 2 * slots) + 4 * T
     assert torch.cuda.max_memory_allocated() - before <= kept + slack
     grads = torch.autograd.grad(out, leaves, dout)
-    during = sum(grad.nbytes for grad in grads) + 4 * T * heads + 8 * merged * block_n * kv_heads * dim
+    during = sum(grad.nbytes for grad in grads) + 4 * T * heads + 8 * slots * block_n * kv_heads * dim
     assert torch.cuda.max_memory_allocated() - before <= kept + during + slack
