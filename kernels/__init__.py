@@ -5,10 +5,14 @@ from .lora_linear import lora_linear
 from .matmul_4bit import matmul_4bit
 from .paged_attention import paged_attention, store_kv
 from .quantization import QuantizedWeight, dequantize_4bit, quantize_4bit
+<<<<<<< HEAD
 from .rms_norm import rms_norm
 from .rotary import rotary
 from .swiglu import swiglu
 from .token_sampling import counter_uniform, sample_tokens
+=======
+from .tree_attention import tree_attention, tree_plan
+>>>>>>> wip/attn
 
 __all__ = [
     "LogprobOutput",
@@ -24,5 +28,10 @@ __all__ = [
     "rotary",
     "sample_tokens",
     "store_kv",
+<<<<<<< HEAD
     "swiglu",
+=======
+    "tree_attention",
+    "tree_plan",
+>>>>>>> wip/attn
 ]

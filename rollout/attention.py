@@ -4,34 +4,25 @@ The transformer calls ``attend(layer, q, k, v)`` and knows nothing else about at
 serve every phase. Shapes: q (T, H, D); k, v (T, KVH, D); the result (T, H, D).
 """
 
-import torch
-import torch.nn.functional as F
-from einops import rearrange
-
-from ..kernels import paged_attention, store_kv
+from ..kernels import paged_attention, store_kv, tree_attention, tree_plan
 
 
 class TreeAttention:
     """Attention inside a packed tree in preorder: query i sees key j when j <= i < key_end[j].
 
     A chain of tokens is the special case in which every key_end is the end of its sequence, so one rule serves
-    packed sequences and shared prefixes. Builds a (T, T) boolean mask: T bytes a token.
+    packed sequences and shared prefixes. The plan of the tiles is made once and serves every layer and backward.
     """
 
     def __init__(self, key_end):
         """key_end (T,) int64: the preorder index just past the last descendant of each token."""
-        index = torch.arange(key_end.numel(), device=key_end.device)
-        self.mask = (index[None, :] <= index[:, None]) & (index[:, None] < key_end[None, :])
+        self.key_end = key_end
+        self.plan = None
 
     def __call__(self, layer, q, k, v):
-        repeats = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        dtype = q.dtype
-        # In float64 the order of sums no longer shows in float32: CPU training agrees with CPU decoding.
-        wide = torch.float64 if dtype == torch.float32 and q.device.type == "cpu" else dtype
-        q, k, v = (rearrange(x, "t h d -> 1 h t d").to(wide) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
-        return rearrange(out, "1 h t d -> t h d").to(dtype)
+        if self.plan is None:
+            self.plan = tree_plan(q, k, self.key_end)
+        return tree_attention(q, k, v, self.key_end, plan=self.plan)
 
 
 class PagedAttention:
