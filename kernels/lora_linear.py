@@ -8,18 +8,18 @@ W is dense or 4-bit, and has no gradient. With dy the gradient of y:
     dx = dy W + scaling * g A       dA = scaling * g^T x        dB = scaling * dy^T h        dbias = sum_m dy
 
 Projections that share x run as one (``lora_linear_stacked``): W holds the rows of all P parts, A (P r, K) their
-adapters, and B, as it enters a product, is block diagonal (N, P r), so that one h, one g and one pass over y or dx
-serve all parts. Parts may be without an adapter.
+adapters, so that one product with W, one with A, and in backward one of each for dx and dA, serve all parts. Parts
+may be without an adapter.
 
 Up to ``MAX_ROWS`` rows of 16-bit x the adapters cost two launches beside the base's (``lora_decode``), read live.
-More rows are library products: five launches forward, one of which rounds A and B and one dequantises, and 7 + P
+More rows are library products: 5 + P launches forward, of which two round A and B and one dequantises, and 6 + 2 P
 backward. There the adapter's part of y, and of dx, is written first, and the base product adds itself to it: one
 pass over y less than the other way round. FLOPs of the adapters: 2 M r (N + K) forward, 2 M r (2 N + 3 K) backward
 for P = 1; h is made again: x and the parameters alone are kept, nothing of (M, N) and no dense copy of a 4-bit W.
-Memory beside the outputs, in values of x's dtype: P r (2 K + N) for the rounded A and B, 2 M P r for h and g, and,
+Memory beside the outputs, in values of x's dtype: P r K + N r for the rounded A and B, 2 M P r for h and g, and,
 while a product with a 4-bit W runs, its N K values. Few rows: see ``lora_decode``.
 
-Precision: A, scaling * A and scaling * B are rounded to x's dtype, sums are float32; h and g are rounded to x's dtype
+Precision: A and B are rounded to x's dtype, sums are float32; scaling * h and scaling * g are rounded to x's dtype
 once, where they enter the next product, and so are the adapter's parts of y and dx, each before the base adds itself
 in float32. dA and dB come in the dtype of A and B, from float32 sums. No atomics: results repeat bit for bit.
 
@@ -28,17 +28,21 @@ Papers: LoRA, Hu et al. 2021, arXiv 2106.09685; QLoRA, Dettmers et al. 2023, arX
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from . import _runtime
 from .dispatch import route
 from .lora_decode import MAX_ROWS, add_adapters
-from .matmul_4bit import matmul_op
-from .quantization import DTYPES, QuantizedWeight, dequantize_4bit_ref, dequantize_op
+from .matmul_4bit import _matmul_torch, _matmul_triton, matmul_op
+from .quantization import (
+    DTYPES,
+    QuantizedWeight,
+    _dequantize_torch,
+    _dequantize_triton,
+    dequantize_4bit_ref,
+    dequantize_op,
+)
 
 MAX_RANK = 128
-ROUND_BLOCK = 1024  # values that a program rounds
 
 
 def lora_linear_ref(x, weight, lora_a, lora_b, scaling, bias=None):
@@ -62,63 +66,41 @@ def lora_linear_stacked_ref(x, weight, lora_a, lora_b, scaling, bias=None, start
     return y
 
 
-@triton.jit
-def _round_kernel(
-    a, b, a_out, a_scaled, b_out, scaling, a_size, b_size, R, r, columns, SCALED: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """a_out = a, a_scaled = scaling * a where SCALED; b_out (N, R) = scaling * b, block diagonal, 0 elsewhere."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(a + index, mask=index < a_size, other=0.0).to(tl.float32)
-    tl.store(a_out + index, value.to(a_out.dtype.element_ty), mask=index < a_size)
-    if SCALED:
-        tl.store(a_scaled + index, (scaling * value).to(a_out.dtype.element_ty), mask=index < a_size)
-    n, rank = index // R, index % R
-    source, inside, first_row = index * 0, index < 0, 0
-    for p in tl.static_range(len(columns) // 2):
-        start, stop = columns[2 * p], columns[2 * p + 1]
-        here = (n >= start) & (n < stop) & (rank >= p * r) & (rank < p * r + r)
-        source = tl.where(here, (n - start + first_row) * r + rank - p * r, source)
-        inside = inside | here
-        first_row += stop - start
-    value = tl.load(b + source, mask=inside & (index < b_size), other=0.0).to(tl.float32)
-    tl.store(b_out + index, (scaling * value).to(b_out.dtype.element_ty), mask=index < b_size)
-
-
-def _rounded(a, b, N, columns, scaling, dtype, scaled):
-    """a, scaling * a (only where ``scaled``) and scaling * b, block diagonal (N, R), in ``dtype``: one launch."""
-    R, r = len(a), b.shape[1]
-    a_out, b_out = (torch.empty(shape, dtype=dtype, device=a.device) for shape in (a.shape, (N, R)))
-    scaled = scaled and scaling != 1
-    a_scaled = torch.empty_like(a_out) if scaled else a_out
-    with _runtime.launch_on(a):
-        _round_kernel[(triton.cdiv(max(a_out.numel(), b_out.numel()), ROUND_BLOCK),)](
-            a, b, a_out, a_scaled, b_out, scaling, a_out.numel(), b_out.numel(), R, r, tuple(columns),
-            SCALED=scaled, BLOCK=ROUND_BLOCK, num_warps=4,
-        )  # fmt: skip
-    return a_out, a_scaled, b_out
-
-
 def _base(x, weight, bias, quant_block, first_block):
     """x W^T + bias; ``weight`` is [W], or [codes, *scales] where ``quant_block`` is not 0."""
     if quant_block:
-        return matmul_op(x, weight[0], weight[1:], bias, quant_block, first_block)
+        matmul = route(matmul_op, _matmul_triton, _matmul_torch, x.device)
+        return matmul(x, weight[0], weight[1:], bias, quant_block, first_block)
     return F.linear(x, weight[0], bias)
 
 
 def _dense(weight, quant_block, first_block, dtype):
     """W, dense for as long as the result is held."""
-    return dequantize_op(weight[0], weight[1:], quant_block, first_block, dtype) if quant_block else weight[0]
+    if not quant_block:
+        return weight[0]
+    dequantize = route(dequantize_op, _dequantize_triton, _dequantize_torch, weight[0].device)
+    return dequantize(weight[0], weight[1:], quant_block, first_block, dtype)
 
 
 def _spans(columns):
-    return zip(columns[::2], columns[1::2], strict=True)
+    """(first output, last output + 1, first row of B) of each part."""
+    spans, row = [], 0
+    for start, stop in zip(columns[::2], columns[1::2], strict=True):
+        spans.append((start, stop, row))
+        row += stop - start
+    return spans
+
+
+def _columns(matrix, start, stop):
+    return matrix if stop - start == matrix.shape[1] else matrix[:, start:stop]
 
 
 def _product(a, b, dtype):
     """a @ b, summed in float32, in ``dtype``."""
     if a.is_cuda and dtype == torch.float32 != a.dtype:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.to(dtype) @ b.to(dtype)
+    # In the parameter's dtype, so that half-precision sums are not rounded on their way.
+    return torch.mm(a.to(dtype), b.to(dtype))
 
 
 def _lora_linear_triton(
@@ -128,67 +110,57 @@ def _lora_linear_triton(
     M, N = len(x), len(weight[0])
     if not M * N:
         return x.new_empty(M, N)
-    lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
     if M <= MAX_ROWS and not (x.is_cuda and x.dtype == torch.float32):
         y = _base(x, weight, bias, quant_block, first_block)
-        return add_adapters(y, x, lora_a, lora_b, columns, scaling)
-    a, _, b = _rounded(lora_a, lora_b, N, columns, scaling, x.dtype, scaled=False)
-    h = x @ a.t()
-    y = h @ b.t() if bias is None else torch.addmm(bias, h, b.t())
+        return add_adapters(y, x, lora_a.contiguous(), lora_b.contiguous(), columns, scaling)
+    h, b, r = torch.mm(x, lora_a.to(x.dtype).t()), lora_b.to(x.dtype), lora_b.shape[1]
+    if len(b) < N:  # outputs without an adapter
+        y = x.new_zeros(M, N) if bias is None else bias.expand(M, N).contiguous()
+    else:
+        y = x.new_empty(M, N)
+    for part, (start, stop, first) in enumerate(_spans(columns)):
+        target = _columns(y, start, stop)
+        operands = _columns(h, part * r, part * r + r), b[first : first + stop - start].t()
+        if len(b) < N:
+            target.addmm_(*operands, alpha=scaling)
+        elif bias is None:
+            torch.addmm(target, *operands, beta=0, alpha=scaling, out=target)
+        else:
+            torch.addmm(bias[start:stop], *operands, alpha=scaling, out=target)
     return y.addmm_(x, _dense(weight, quant_block, first_block, x.dtype).t())
 
 
 def _lora_linear_torch(x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block):
     y, r = _base(x, weight, bias, quant_block, first_block), lora_b.shape[1]
-    h, first = x @ lora_a.to(x.dtype).t(), 0
-    for part, (start, stop) in enumerate(_spans(columns)):
-        b = lora_b[first : first + stop - start].to(x.dtype)
-        y[:, start:stop].addmm_(h[:, part * r : part * r + r], b.t(), alpha=scaling)
-        first += stop - start
+    h, b = x @ lora_a.to(x.dtype).t(), lora_b.to(x.dtype)
+    for part, (start, stop, first) in enumerate(_spans(columns)):
+        rows = b[first : first + stop - start]
+        y[:, start:stop].addmm_(h[:, part * r : part * r + r], rows.t(), alpha=scaling)
     return y
 
 
-def _lora_linear_bwd_triton(
+def _lora_linear_bwd(
     dy: torch.Tensor, x: torch.Tensor, weight: list[torch.Tensor], lora_a: torch.Tensor, lora_b: torch.Tensor,
     columns: list[int], scaling: float, quant_block: int, first_block: int, needs_x: bool, needs_lora: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
-    N, r = len(weight[0]), lora_b.shape[1]
-    dy, lora_a, lora_b = dy.contiguous(), lora_a.contiguous(), lora_b.contiguous()
     if not dy.numel():
         options = dy, x, weight, lora_a, lora_b, columns, scaling, quant_block, first_block
         return [t.zero_() for t in _bwd_fake(*options, needs_x, needs_lora)]
-    a, a_scaled, b = _rounded(lora_a, lora_b, N, columns, scaling, x.dtype, scaled=needs_lora)
-    g = dy @ b
-    dx, grads = dy.new_empty(0), [dy.new_empty(0) for _ in range(1 + len(columns) // 2)]
+    dy, a, b, r = dy.contiguous(), lora_a.to(x.dtype), lora_b.to(x.dtype), lora_b.shape[1]
+    g, spans = dy.new_empty(len(dy), len(a)), _spans(columns)  # g and h with the scaling in them
+    for part, (start, stop, first) in enumerate(spans):
+        target = _columns(g, part * r, part * r + r)
+        operands = _columns(dy, start, stop), b[first : first + stop - start]
+        torch.addmm(target, *operands, beta=0, alpha=scaling, out=target)
+    dx, grads = dy.new_empty(0), [dy.new_empty(0) for _ in range(0 if needs_lora else 1 + len(spans))]
     if needs_x:
-        dx = (g @ a).addmm_(dy, _dense(weight, quant_block, first_block, x.dtype))
+        dx = torch.mm(g, a).addmm_(dy, _dense(weight, quant_block, first_block, x.dtype))
     if needs_lora:
-        h = x @ a_scaled.t()
+        h = torch.addmm(g, x, a.t(), beta=0, alpha=scaling)
         grads = [_product(g.t(), x, lora_a.dtype)]
-        for part, (start, stop) in enumerate(_spans(columns)):
-            grads.append(_product(dy[:, start:stop].t(), h[:, part * r : part * r + r], lora_b.dtype))
-    return [dx, *grads]
-
-
-def _lora_linear_bwd_torch(
-    dy, x, weight, lora_a, lora_b, columns, scaling, quant_block, first_block, needs_x, needs_lora
-):
-    a, r, first = lora_a.to(x.dtype), lora_b.shape[1], 0
-    g = dy.new_empty(len(dy), len(a))
-    for part, (start, stop) in enumerate(_spans(columns)):
-        g[:, part * r : part * r + r] = dy[:, start:stop] @ lora_b[first : first + stop - start].to(x.dtype)
-        first += stop - start
-    dx, grads = dy.new_empty(0), [dy.new_empty(0) for _ in range(1 + len(columns) // 2)]
-    if needs_x:
-        dx = dy @ _dense(weight, quant_block, first_block, dy.dtype)
-        dx.addmm_(g, a, alpha=scaling)
-    if needs_lora:
-        h = x @ a.t()
-        # The products run in the parameter's dtype, so that half-precision sums are not rounded on their way.
-        grads = [_product(g.t(), x, lora_a.dtype).mul_(scaling)]
-        for part, (start, stop) in enumerate(_spans(columns)):
-            grad = _product(dy[:, start:stop].t(), h[:, part * r : part * r + r], lora_b.dtype)
-            grads.append(grad.mul_(scaling))
+        for part, (start, stop, _) in enumerate(spans):
+            factor = _columns(h, part * r, part * r + r)
+            grads.append(_product(_columns(dy, start, stop).t(), factor, lora_b.dtype))
     return [dx, *grads]
 
 
@@ -197,7 +169,7 @@ def _fake(x, weight, *others):
 
 
 def _bwd_fake(dy, x, weight, lora_a, lora_b, columns, scaling, quant_block, first_block, needs_x, needs_lora):
-    rows = [stop - start for start, stop in _spans(columns)]
+    rows = [stop - start for start, stop, _ in _spans(columns)]
     grads = [lora_a.new_empty(lora_a.shape if needs_lora else 0)]
     grads += [lora_b.new_empty((n, lora_b.shape[1]) if needs_lora else 0) for n in rows]
     return [x.new_empty(x.shape if needs_x else 0), *grads]
@@ -207,7 +179,7 @@ _op = _runtime.register(
     "lora_linear", triton_impl=_lora_linear_triton, torch_impl=_lora_linear_torch, fake=_fake
 )
 _bwd_op = _runtime.register(
-    "lora_linear_bwd", triton_impl=_lora_linear_bwd_triton, torch_impl=_lora_linear_bwd_torch, fake=_bwd_fake
+    "lora_linear_bwd", triton_impl=_lora_linear_bwd, torch_impl=_lora_linear_bwd, fake=_bwd_fake
 )
 
 
@@ -229,15 +201,19 @@ def _stack(parts):
     return first.detach().as_strided((rows, columns), (columns, 1))
 
 
+def _forward(x, bias, weight, columns, scaling, quant_block, first_block, *adapters):
+    P = len(columns) // 2
+    forward = route(_op, _lora_linear_triton, _lora_linear_torch, x.device)
+    stacks = _stack(adapters[:P]), _stack(adapters[P:])
+    return forward(x, weight, *stacks, columns, scaling, bias, quant_block, first_block)
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, weight, columns, scaling, quant_block, first_block, *adapters):
         ctx.save_for_backward(x, *adapters, *weight)
         ctx.columns, ctx.scaling, ctx.layout = columns, scaling, (quant_block, first_block)
-        P = len(columns) // 2
-        forward = route(_op, _lora_linear_triton, _lora_linear_torch, x.device)
-        stacks = _stack(adapters[:P]), _stack(adapters[P:])
-        return forward(x, weight, *stacks, columns, scaling, bias, quant_block, first_block)
+        return _forward(x, bias, weight, columns, scaling, quant_block, first_block, *adapters)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -250,7 +226,7 @@ class _LoraLinear(torch.autograd.Function):
         dx = dbias = None
         grads = [None] * (2 * P)
         if needs_x or any(needed):
-            backward = route(_bwd_op, _lora_linear_bwd_triton, _lora_linear_bwd_torch, x.device)
+            backward = route(_bwd_op, _lora_linear_bwd, _lora_linear_bwd, x.device)
             options = ctx.columns, ctx.scaling, *ctx.layout, needs_x, any(needed)
             dx, da, *db = backward(dy, x, weight, _stack(lora_a), _stack(lora_b), *options)
             if any(needed):
@@ -363,5 +339,7 @@ def _apply(x, weight, bias, columns, scaling, adapters):
         codes, scales, quant_block, first_block = weight.operands()
         tensors = [codes, *scales]
     rows = x.reshape(-1, K).contiguous()
-    y = _LoraLinear.apply(rows, bias, tensors, columns, float(scaling), quant_block, first_block, *adapters)
+    operands = rows, bias, tensors, columns, float(scaling), quant_block, first_block, *adapters
+    # Without a graph to build, the cost of an autograd function is saved.
+    y = _LoraLinear.apply(*operands) if torch.is_grad_enabled() else _forward(*operands)
     return y.view(*x.shape[:-1], N)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..kernels import rms_norm, rotary, swiglu
 from .linear import STACKS, StackedLinear, stack_weights
-from .recompute import recompute
+from .recompute import PinnedStore, recompute
 
 # With fewer rows a CPU BLAS sums in another order; from here on a row's result does not depend on the other rows.
 MIN_ROWS = 16
@@ -78,6 +78,7 @@ class Transformer(nn.Module):
     """Hidden states of packed tokens. Every base weight is frozen; adapters are the only parameters.
 
     checkpoint_layers: keep the layers' inputs alone for backward and compute each layer a second time.
+    offload_checkpoints: keep those inputs in pinned CPU memory; on a GPU only.
     """
 
     def __init__(self, config, weights):
@@ -90,7 +91,7 @@ class Transformer(nn.Module):
         self.head = self.embedding if config.tie_word_embeddings else weights["lm_head.weight"]
         self.norm = weights["model.norm.weight"]
         self.inv_freq = rotary_frequencies(config).to(self.embedding.device)
-        self.checkpoint_layers = False
+        self.checkpoint_layers = self.offload_checkpoints = False
         self.layers = nn.ModuleList(
             DecoderLayer(config, i, lambda name, i=i: weights.get(f"model.layers.{i}.{name}"))
             for i in range(config.num_hidden_layers)
@@ -112,10 +113,13 @@ class Transformer(nn.Module):
         angles = positions[:, None].float() * self.inv_freq
         others = angles.cos(), angles.sin(), attend
         hidden_states = F.embedding(input_ids, self.embedding)
+        checkpointed, store = self.checkpoint_layers and torch.is_grad_enabled(), None
+        if checkpointed and self.offload_checkpoints and hidden_states.is_cuda:
+            store = PinnedStore(hidden_states.device)
         for layer in self.layers:
-            if self.checkpoint_layers and torch.is_grad_enabled():
+            if checkpointed:
                 live = [p for f in layer.linears() if f.adapter_on for p in (*f.lora_a, *f.lora_b)]
-                hidden_states = recompute(layer, hidden_states, others, live)
+                hidden_states = recompute(layer, hidden_states, others, live, store)
             else:
                 hidden_states = layer(hidden_states, *others)
         return rms_norm(hidden_states, self.norm, self.config.rms_norm_eps)

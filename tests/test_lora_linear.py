@@ -2,7 +2,6 @@
 
 import importlib
 import os
-from unittest import mock
 
 import pytest
 import torch
@@ -386,11 +385,8 @@ def test_kernels_compile_for_every_card(cc, rank, rows, dtype):
 
     def launch():
         module._lora_linear_triton(x, *operands, None, 0, 0)
-        with mock.patch.object(module, "MAX_ROWS", 0):
-            module._lora_linear_triton(x, *operands, None, 0, 0)
-        module._lora_linear_bwd_triton(dy, x, *operands, 0, 0, True, True)
 
-    assert_compiles(launch, cc, ["_down_kernel", "_up_kernel", "_round_kernel"])
+    assert_compiles(launch, cc, ["_down_kernel", "_up_kernel"])
 
 
 @pytest.mark.gpu
@@ -426,7 +422,7 @@ def test_gpu_memory_is_as_stated():
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     y = lora_linear(x, weight, a, b, 0.7)
-    beside = 2 * (r * (2 * K + N) + 2 * M * r + N * K) + 2**20
+    beside = 2 * (r * (K + N) + 2 * M * r + N * K) + 2**20
     assert torch.cuda.max_memory_allocated() - before <= y.nbytes + beside
     grads = torch.autograd.grad(y, leaves, dy)
     outputs = y.nbytes + sum(grad.nbytes for grad in grads)

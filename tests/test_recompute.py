@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nanogrpo.rollout.recompute import recompute
+from nanogrpo.rollout.recompute import PinnedStore, recompute
 
 
 class Layer(torch.nn.Module):
@@ -54,3 +54,28 @@ def test_a_chain_of_recomputed_layers():
         return torch.autograd.grad(y.square().sum(), parameters)
 
     assert all(torch.equal(p, q) for p, q in zip(chain(True), chain(False), strict=True))
+
+
+@pytest.mark.gpu
+def test_offloaded_inputs_give_the_same_bits_and_leave_the_device():
+    layers, rows = [Layer().cuda() for _ in range(6)], 1 << 16
+    parameters = [p for layer in layers for p in layer.parameters()]
+    x = torch.randn(rows, 8, device="cuda")
+
+    def chain(store):
+        y = x
+        for layer in layers:
+            y = recompute(layer, y, (1.0, 0.1), list(layer.parameters()), store)
+        torch.cuda.synchronize()
+        torch.empty(1, device="cuda")  # takes back what the store's stream has done with
+        held = torch.cuda.memory_allocated()
+        found = [
+            torch.autograd.grad(y.square().sum(), parameters, retain_graph=again) for again in (True, False)
+        ]
+        assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+        return held, found[0]
+
+    chain(None)  # allocates the libraries' workspaces
+    (held, expected), (less, offloaded) = chain(None), chain(PinnedStore(x.device))
+    assert all(torch.equal(p, q) for p, q in zip(offloaded, expected, strict=True))
+    assert held - less >= 5 * x.nbytes  # the inputs in between
