@@ -1,7 +1,7 @@
 """Tensors in, tensors out: the operations that make GRPO fit and run fast. Needs torch and triton, nothing else."""
 
 from .linear_logprob import LogprobOutput, fused_linear_logprob
-from .lora_linear import lora_linear
+from .lora_linear import lora_linear, lora_linear_stacked
 from .matmul_4bit import matmul_4bit
 from .paged_attention import paged_attention, store_kv
 from .quantization import QuantizedWeight, dequantize_4bit, quantize_4bit
@@ -21,6 +21,7 @@ __all__ = [
     "dequantize_4bit",
     "fused_linear_logprob",
     "lora_linear",
+    "lora_linear_stacked",
     "matmul_4bit",
     "paged_attention",
     "quantize_4bit",

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .checkpoint import FUSED
-from .model import LINEARS
+from .linear import LINEARS
 
 
 @dataclass(frozen=True)

@@ -9,48 +9,13 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from ..kernels import QuantizedWeight, lora_linear, matmul_4bit
+from ..kernels import rms_norm, rotary, swiglu
+from .linear import STACKS, StackedLinear, stack_weights
+from .recompute import PinnedStore, recompute
 
 # With fewer rows a CPU BLAS sums in another order; from here on a row's result does not depend on the other rows.
 MIN_ROWS = 16
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class LoraLinear(nn.Module):
-    """A frozen dense or 4-bit weight (N, K) with an optional trainable low-rank adapter in float32."""
-
-    def __init__(self, weight, bias=None):
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-        self.lora_a = self.lora_b = None
-        self.scaling = 0.0
-        self.adapter_on = True
-
-    def add_adapter(self, r, alpha, generator):
-        """Attach lora_a (r, K), uniform in +-1/sqrt(K) (Kaiming with a = sqrt 5, as PEFT), and lora_b (N, r) = 0."""
-        n, k = self.weight.shape
-        device = self.weight.device
-        bound = 1 / math.sqrt(k)
-        lora_a = torch.empty(r, k).uniform_(-bound, bound, generator=generator)
-        self.lora_a = nn.Parameter(lora_a.to(device))
-        self.lora_b = nn.Parameter(torch.zeros(n, r, device=device))
-        self.scaling = alpha / r
-
-    def forward(self, x):
-        if self.lora_a is not None and self.adapter_on:
-            return lora_linear(x, self.weight, self.lora_a, self.lora_b, self.scaling, self.bias)
-        if isinstance(self.weight, QuantizedWeight):
-            return matmul_4bit(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
-
-
-def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 and rounded once to the dtype of x."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
 def rotary_frequencies(config):
@@ -66,72 +31,97 @@ def rotary_frequencies(config):
     return inv_freq * (blend + (1 - blend) / scaling["factor"])
 
 
-def rotate(x, cos, sin):
-    """Rotary embedding in the half-split layout: x (T, H, D), cos and sin (T, 1, D/2) float32."""
-    low, high = x.float().chunk(2, dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x.dtype)
-
-
 class DecoderLayer(nn.Module):
+    """Launches a call of up to 64 16-bit rows on CUDA, with adapters: 4 linears of 3 (a base product that splits its
+    sums: 4), 2 norms, the rotary embedding, SwiGLU, one addition, and attention's own; 2 more for a norm of q and k.
+    """
+
     def __init__(self, config, index, weights):
-        """weights: a callable from a name inside the layer ("self_attn.q_proj.weight") to its tensor or None."""
+        """weights: a callable from a name inside the layer ("self_attn.qkv_proj.weight") to its tensor or None."""
         super().__init__()
         self.index = index
         self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
+        self.heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
         self.input_norm = weights("input_layernorm.weight")
         self.post_attention_norm = weights("post_attention_layernorm.weight")
         self.q_norm, self.k_norm = weights("self_attn.q_norm.weight"), weights("self_attn.k_norm.weight")
-        for name in LINEARS:
-            block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-            linear = LoraLinear(weights(f"{block}.{name}.weight"), weights(f"{block}.{name}.bias"))
-            setattr(self, name, linear)
+        sizes = {
+            "qkv_proj": tuple(heads * config.head_dim for heads in self.heads),
+            "o_proj": (config.hidden_size,),
+            "gate_up_proj": (config.intermediate_size,) * 2,
+            "down_proj": (config.hidden_size,),
+        }
+        for name, parts in STACKS.items():
+            tensors = weights(f"{_block(name)}.{name}.weight"), weights(f"{_block(name)}.{name}.bias")
+            setattr(self, name, StackedLinear(parts, sizes[name], *tensors))
+
+    def linears(self):
+        return [getattr(self, name) for name in STACKS]
 
     def forward(self, hidden_states, cos, sin, attend):
         x = rms_norm(hidden_states, self.input_norm, self.eps)
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
-        out = attend(self.index, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        hidden_states = hidden_states + self.o_proj(out.flatten(-2))
-        x = rms_norm(hidden_states, self.post_attention_norm, self.eps)
-        return hidden_states + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out = attend(self.index, *rotary(q, k, cos, sin), v)
+        out = self.o_proj(out.flatten(-2))
+        x, hidden_states = rms_norm(out, self.post_attention_norm, self.eps, residual=hidden_states)
+        return hidden_states + self.down_proj(swiglu(self.gate_up_proj(x)))
+
+
+def _block(name):
+    return "mlp" if name in ("gate_up_proj", "down_proj") else "self_attn"
 
 
 class Transformer(nn.Module):
-    """Hidden states of packed tokens. Every base weight is frozen; adapters are the only parameters."""
+    """Hidden states of packed tokens. Every base weight is frozen; adapters are the only parameters.
+
+    checkpoint_layers: keep the layers' inputs alone for backward and compute each layer a second time.
+    offload_checkpoints: keep those inputs in pinned CPU memory; on a GPU only.
+    """
 
     def __init__(self, config, weights):
-        """weights: dict of Hugging Face names to tensors or ``QuantizedWeight``; ``lm_head.weight`` unless tied."""
+        """weights: dict of Hugging Face names, as they are or stacked by ``stack_weights``, to tensors or
+        ``QuantizedWeight``; ``lm_head.weight`` unless tied."""
         super().__init__()
         self.config = config
+        weights = dict(stack_weights(weights.items()))
         self.embedding = weights["model.embed_tokens.weight"]
         self.head = self.embedding if config.tie_word_embeddings else weights["lm_head.weight"]
         self.norm = weights["model.norm.weight"]
         self.inv_freq = rotary_frequencies(config).to(self.embedding.device)
-        self.checkpoint_layers = False
+        self.checkpoint_layers = self.offload_checkpoints = False
         self.layers = nn.ModuleList(
             DecoderLayer(config, i, lambda name, i=i: weights.get(f"model.layers.{i}.{name}"))
             for i in range(config.num_hidden_layers)
         )
 
     def linears(self):
-        """(Hugging Face module name, LoraLinear) of every projection, in order."""
+        """Every ``StackedLinear``, in order."""
+        return [linear for layer in self.layers for linear in layer.linears()]
+
+    def projections(self):
+        """(Hugging Face module name, Projection) of every projection, in order."""
         for layer in self.layers:
-            for name in LINEARS:
-                block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-                yield f"model.layers.{layer.index}.{block}.{name}", getattr(layer, name)
+            for name in STACKS:
+                for projection in getattr(layer, name).projections():
+                    yield f"model.layers.{layer.index}.{_block(name)}.{projection.name}", projection
 
     def forward(self, input_ids, positions, attend):
         """input_ids, positions (T,) int64; attend: see ``attention``. Returns normalised hidden states (T, D)."""
         angles = positions[:, None].float() * self.inv_freq
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        others = angles.cos(), angles.sin(), attend
         hidden_states = F.embedding(input_ids, self.embedding)
+        checkpointed, store = self.checkpoint_layers and torch.is_grad_enabled(), None
+        if checkpointed and self.offload_checkpoints and hidden_states.is_cuda:
+            store = PinnedStore(hidden_states.device)
         for layer in self.layers:
-            if self.checkpoint_layers and torch.is_grad_enabled():
-                hidden_states = checkpoint(layer, hidden_states, cos, sin, attend, use_reentrant=False)
+            if checkpointed:
+                live = [p for f in layer.linears() if f.adapter_on for p in (*f.lora_a, *f.lora_b)]
+                hidden_states = recompute(layer, hidden_states, others, live, store)
             else:
-                hidden_states = layer(hidden_states, cos, sin, attend)
+                hidden_states = layer(hidden_states, *others)
         return rms_norm(hidden_states, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden_states):

@@ -7,8 +7,9 @@ import torch
 from ..kernels import QuantizedWeight, dequantize_4bit, fused_linear_logprob, quantize_4bit
 from .attention import TreeAttention
 from .checkpoint import open_checkpoint, resolve_checkpoint
+from .linear import LINEARS, stack_weights
 from .lora import DEFAULT_LORA, check_targets, read_adapter, write_adapter
-from .model import LINEARS, Transformer
+from .model import Transformer
 from .packing import pack_tree
 
 
@@ -39,10 +40,11 @@ class Policy:
             raise ValueError(f"device {device} was asked for, and torch sees no CUDA GPU")
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         checkpoint = open_checkpoint(resolve_checkpoint(name_or_path))
-        weights = {}
-        for tensor_name, tensor in checkpoint.tensors(keep_4bit=quantize is not None):
-            is_linear = tensor_name.rsplit(".", 2)[-2] in LINEARS and tensor_name.endswith(".weight")
-            weights[tensor_name] = _place(tensor_name, tensor, quantize if is_linear else None, device, dtype)
+        placed = (
+            (name, _place(name, tensor, quantize if _is_linear(name) else None, device, dtype))
+            for name, tensor in checkpoint.tensors(keep_4bit=quantize is not None)
+        )
+        weights = dict(stack_weights(placed))
         policy = cls(Transformer(checkpoint.config, weights), checkpoint.tokenizer, name=str(checkpoint.path))
         if lora is not None:
             policy.add_adapters(lora, seed=seed)
@@ -60,26 +62,23 @@ class Policy:
         """Attach fresh adapters in place of any others; untrained, they leave the base's output as it is."""
         check_targets(lora, self.config.architecture)
         generator = torch.Generator().manual_seed(seed)
-        for name, linear in self.model.linears():
-            if name.rsplit(".", 1)[-1] in lora.targets:
-                linear.add_adapter(lora.r, lora.alpha, generator)
-            else:
-                linear.lora_a = linear.lora_b = None
+        for linear in self.model.linears():
+            linear.add_adapters(lora.targets, lora.r, lora.alpha, generator)
         self.lora = lora
 
     def adapters(self):
         """Dict of PEFT parameter names to the live adapter parameters, in the model's order."""
         found = {}
-        for name, linear in self.model.linears():
-            if linear.lora_a is not None:
-                found[f"base_model.model.{name}.lora_A.weight"] = linear.lora_a
-                found[f"base_model.model.{name}.lora_B.weight"] = linear.lora_b
+        for name, projection in self.model.projections():
+            if projection.lora_a is not None:
+                found[f"base_model.model.{name}.lora_A.weight"] = projection.lora_a
+                found[f"base_model.model.{name}.lora_B.weight"] = projection.lora_b
         return found
 
     @contextlib.contextmanager
     def disable_adapters(self):
         """Inside, the policy is its frozen base: the reference policy, without a second set of weights."""
-        linears = [linear for _, linear in self.model.linears()]
+        linears = self.model.linears()
         before = [linear.adapter_on for linear in linears]
         for linear in linears:
             linear.adapter_on = False
@@ -167,10 +166,14 @@ class Policy:
 
     def load_adapter(self, folder):
         """Replace the adapters by those of a folder in PEFT's format, made by this project or by PEFT."""
-        shapes = {name: tuple(linear.weight.shape) for name, linear in self.model.linears()}
+        shapes = {name: projection.shape for name, projection in self.model.projections()}
         lora, tensors = read_adapter(folder, shapes, architecture=self.config.architecture)
         self._check_adapter_tensors(tensors, lora, source=str(folder))
-        self.add_adapters(lora)
+        if self.lora is None or (self.lora.r, set(self.lora.targets)) != (lora.r, set(lora.targets)):
+            self.add_adapters(lora)
+        for linear in self.model.linears():  # adapters of the same shape stay where they are
+            linear.scaling = lora.alpha / lora.r
+        self.lora = lora
         self.load_adapter_tensors(tensors, source=str(folder))
 
     def load_adapter_tensors(self, tensors, *, source):
@@ -182,9 +185,9 @@ class Policy:
     def _check_adapter_tensors(self, tensors, lora, *, source):
         """ValueError unless ``tensors`` are those of adapters of shape ``lora`` on this model."""
         shapes = {}
-        for name, linear in self.model.linears():
-            if name.rsplit(".", 1)[-1] in lora.targets:
-                n, k = linear.weight.shape
+        for name, projection in self.model.projections():
+            if projection.name in lora.targets:
+                n, k = projection.shape
                 shapes[f"base_model.model.{name}.lora_A.weight"] = (lora.r, k)
                 shapes[f"base_model.model.{name}.lora_B.weight"] = (n, lora.r)
         if set(tensors) != set(shapes):
@@ -193,6 +196,10 @@ class Policy:
         for name, expected in shapes.items():
             if (got := tuple(tensors[name].shape)) != expected:
                 raise ValueError(f"{source}: {name} has shape {got}, expected {expected}")
+
+
+def _is_linear(name):
+    return name.rsplit(".", 2)[-2] in LINEARS and name.endswith(".weight")
 
 
 def _place(name, tensor, quantize, device, dtype):

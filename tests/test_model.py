@@ -96,7 +96,7 @@ def test_adapter_gradients_equal_autograd_of_merged_weights(architecture):
     policy = tiny_policy(config, weights, lora=LoraConfig(r=4, alpha=8))
     loss, grads = gradients(policy, ids)
     factors, merged = {}, dict(weights)
-    for name, linear in policy.model.linears():
+    for name, linear in policy.model.projections():
         a, b = (x.detach().clone().requires_grad_() for x in (linear.lora_a, linear.lora_b))
         factors[name] = a, b
         merged[f"{name}.weight"] = weights[f"{name}.weight"] + 2.0 * b @ a

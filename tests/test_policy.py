@@ -7,7 +7,7 @@ import torch
 from checkpoints import small_config
 from nanogrpo.kernels import QuantizedWeight, dequantize_4bit
 from nanogrpo.rollout import LoraConfig, Policy, open_checkpoint, resolve_checkpoint
-from nanogrpo.rollout.model import LINEARS
+from nanogrpo.rollout.linear import LINEARS
 from nanogrpo.rollout.policy import _place
 from safetensors.torch import load_file, save_file
 from tiny import perturb_adapters, tiny_policy, tiny_weights, transformers_model
@@ -312,7 +312,7 @@ def test_load_keeps_the_int4_blocks_of_a_gguf_file():
     policy = Policy.load(quantize="int4", lora=LoraConfig(r=1, targets=("q_proj",)))
     source = dict(open_checkpoint(resolve_checkpoint()).tensors(keep_4bit=True))
     kept = 0
-    for name, linear in policy.model.linears():
+    for name, linear in policy.model.projections():
         stored = source[f"{name}.weight"]
         assert isinstance(linear.weight, QuantizedWeight) and linear.weight.format == "int4"
         if isinstance(stored, QuantizedWeight):

@@ -1,0 +1,71 @@
+"""Activation checkpointing of a layer: its input is kept, everything else is computed a second time for backward.
+
+torch's own checkpointing reads the random state, which waits for the device, and hooks every saved tensor; a layer
+without randomness needs neither. The inputs may wait in pinned CPU memory: then the device holds two at a time.
+"""
+
+import torch
+
+
+class PinnedStore:
+    """Tensors of one forward pass in pinned CPU memory, copied on a stream of their own while others compute.
+
+    Backward asks for them last to first; whenever it takes one, the one before is already on its way.
+    """
+
+    def __init__(self, device):
+        self.stream = torch.cuda.Stream(device)
+        self.kept, self.coming = [], {}
+
+    def keep(self, x):
+        """The index under which ``fetch`` returns x."""
+        pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(self.stream):
+            pinned.copy_(x, non_blocking=True)
+        x.record_stream(self.stream)
+        self.kept.append(pinned)
+        return len(self.kept) - 1
+
+    def fetch(self, index):
+        x = self.coming.pop(index) if index in self.coming else self._start(index)
+        current = torch.cuda.current_stream(x.device)
+        current.wait_stream(self.stream)
+        x.record_stream(current)
+        if index and index - 1 not in self.coming:
+            self.coming[index - 1] = self._start(index - 1)
+        return x
+
+    def _start(self, index):
+        with torch.cuda.stream(self.stream):
+            return self.kept[index].to(self.stream.device, non_blocking=True)
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, others, store, x, *parameters):
+        ctx.index = None if store is None else store.keep(x)
+        ctx.save_for_backward(x if store is None else None, *parameters)
+        ctx.function, ctx.others, ctx.store = function, others, store
+        return function(x, *others)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, *parameters = ctx.saved_tensors
+        x = ctx.store.fetch(ctx.index) if x is None else x.detach()
+        needs = ctx.needs_input_grad[3:]
+        x.requires_grad_(needs[0])
+        needed = [t for t, need in zip((x, *parameters), needs, strict=True) if need]
+        with torch.enable_grad():
+            y = ctx.function(x, *ctx.others)
+        found = iter(torch.autograd.grad(y, needed, dy))
+        return None, None, None, *(next(found) if need else None for need in needs)
+
+
+def recompute(function, x, others, parameters, store=None):
+    """``function(x, *others)``, keeping x alone for backward: on its device, or in ``store``, a ``PinnedStore``.
+
+    Gradients go to x and to ``parameters``, all of which must take part; ``others`` get none.
+    """
+    return _Recomputed.apply(function, others, store, x, *parameters)
