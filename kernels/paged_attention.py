@@ -18,22 +18,21 @@ Prefill walks the pages of a sequence once per (query block, head); it needs no 
 Scores, softmax and sums are float32 (float64 for float64 inputs, on the CPU only); probabilities are rounded
 to the dtype of the values before the second product. Inference only: the outputs carry no gradient.
 What unused slots hold never reaches a result, and table entries beyond a context may be anything.
-On the CPU, decode gathers ``CPU_CHUNK`` bytes of keys at a time, sequences of like length together.
+A CUDA graph fixes the caches' addresses at capture; with ``addresses`` the kernels read them from the device when
+they run, so that the caches may move between replays (their strides may not change).
 
 Papers: PagedAttention, arXiv 2309.06180; FlashAttention-2, arXiv 2307.08691; Flash-Decoding, Dao et al. 2023.
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from . import _runtime
+from .paged_attention_cpu import paged_attention_cpu, store_kv_cpu
 
 SPLIT = 256  # tokens; fixed, so that the order of a row's additions is fixed
 WORKSPACE = 64 * 2**20  # bytes of decode workspace, unless one sequence needs more
-CPU_CHUNK = 2**20  # bytes of keys gathered at a time: keys, values and scores stay in a core's cache
-CPU_QUERIES = 1024  # query rows a call of torch's attention, which bounds its mask
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CPU_DTYPES = (*DTYPES, torch.float64)
 LOG2_E = 1.4426950408889634
@@ -78,8 +77,17 @@ def paged_attention_ref(q, k_cache, v_cache, block_table, context_lens, *, cu_se
 
 
 @triton.jit
+def _place(cache, addresses, index: tl.constexpr):
+    """The cache's pointer, read from ``addresses`` where these are given."""
+    if addresses is None:
+        return cache
+    else:
+        return tl.multiple_of(tl.load(addresses + index).to(cache.dtype, bitcast=True), 16)
+
+
+@triton.jit
 def _store_kv_kernel(
-    k, v, k_cache, v_cache, slot_mapping,
+    k, v, k_cache, v_cache, slot_mapping, addresses,
     k_token, k_head, v_token, v_head,
     k_cache_block, k_cache_token, k_cache_head, v_cache_block, v_cache_token, v_cache_head,
     ROW: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
@@ -88,6 +96,7 @@ def _store_kv_kernel(
     slot = tl.load(slot_mapping + token)
     if slot < 0:
         return
+    k_cache, v_cache = _place(k_cache, addresses, 0), _place(v_cache, addresses, 1)
     block, offset = slot // PAGE, slot % PAGE
     column = tl.arange(0, BLOCK)
     inside = column < ROW
@@ -130,16 +139,18 @@ def _attend(
 
 @triton.jit
 def _decode_kernel(
-    q, k_cache, v_cache, block_table, context_lens, partial, maxima, sums, scale_log2, splits, table_row,
-    q_token, q_head, k_block, k_token, k_head, v_block, v_token, v_head,
-    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
+    q, k_cache, v_cache, block_table, context_lens, addresses, out, partial, maxima, sums, scale_log2, splits,
+    table_row, q_token, q_head, out_token, out_head, k_block, k_token, k_head, v_block, v_token, v_head,
+    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, MERGE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     context = tl.load(context_lens + sequence)
+    k_cache, v_cache = _place(k_cache, addresses, 0), _place(v_cache, addresses, 1)
     start = split * SPLIT
-    if start >= context:
-        return
+    if MERGE:
+        if start >= context:
+            return
     row, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     head = kv_head * GROUP + row
     inside = (row < GROUP)[:, None] & (d < D)[None, :]
@@ -154,10 +165,15 @@ def _decode_kernel(
             k_cache + kv_head * k_head, v_cache + kv_head * v_head, block_table + sequence * table_row,
             scale_log2, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D,
         )  # fmt: skip
-    slot = (sequence * tl.num_programs(1) * GROUP + head) * splits + split
-    tl.store(maxima + slot, m, mask=row < GROUP)
-    tl.store(sums + slot, l, mask=row < GROUP)
-    tl.store(partial + slot[:, None] * D + d[None, :], acc, mask=inside)
+    if MERGE:
+        slot = (sequence * tl.num_programs(1) * GROUP + head) * splits + split
+        tl.store(maxima + slot, m, mask=row < GROUP)
+        tl.store(sums + slot, l, mask=row < GROUP)
+        tl.store(partial + slot[:, None] * D + d[None, :], acc, mask=inside)
+    else:  # one split is the whole context: what the merge of it would give, bit for bit
+        result = acc / tl.where(l > 0, l, 1.0)[:, None]
+        to = out + sequence * out_token + head[:, None] * out_head + d[None, :]
+        tl.store(to, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -183,7 +199,7 @@ def _merge_kernel(
 
 @triton.jit
 def _prefill_kernel(
-    q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, out, scale_log2, sequences, table_row,
+    q, k_cache, v_cache, block_table, context_lens, addresses, cu_seqlens_q, out, scale_log2, sequences, table_row,
     q_token, q_head, out_token, out_head, k_block, k_token, k_head, v_block, v_token, v_head,
     GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -203,6 +219,7 @@ def _prefill_kernel(
     if first_row >= end - begin:
         return
     sequence, context = low.to(tl.int64), tl.load(context_lens + low)
+    k_cache, v_cache = _place(k_cache, addresses, 0), _place(v_cache, addresses, 1)
     row, d = first_row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     position = context - (end - begin) + row
     token = (begin + row).to(tl.int64)
@@ -224,15 +241,16 @@ def _prefill_kernel(
 
 
 def _store_kv_triton(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor,
+    addresses: torch.Tensor | None,
+) -> None:  # fmt: skip
     tokens, kv_heads, dim = k.shape
     if tokens == 0:
         return
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     with _runtime.launch_on(k):
         _store_kv_kernel[(tokens,)](
-            k, v, k_cache, v_cache, slot_mapping.contiguous(), *k.stride()[:2], *v.stride()[:2],
+            k, v, k_cache, v_cache, slot_mapping.contiguous(), addresses, *k.stride()[:2], *v.stride()[:2],
             *k_cache.stride()[:3], *v_cache.stride()[:3],
             ROW=kv_heads * dim, D=dim, PAGE=k_cache.shape[1], BLOCK=triton.next_power_of_2(kv_heads * dim),
             num_warps=4,
@@ -241,7 +259,7 @@ def _store_kv_triton(
 
 def _paged_attention_triton(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    context_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, scale: float,
+    context_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, scale: float, addresses: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     make = torch.empty if cu_seqlens_q is None else torch.zeros
     out = make(q.shape, dtype=q.dtype, device=q.device)
@@ -258,115 +276,44 @@ def _paged_attention_triton(
         block_m, block_n, warps, stages = prefill
         with _runtime.launch_on(q):
             _prefill_kernel[(triton.cdiv(tokens, block_m) + len(lens), heads)](
-                q, k_cache, v_cache, table, lens, cu_seqlens_q.contiguous(), out, scale * LOG2_E, len(lens),
-                table.stride(0), *q.stride()[:2], *out.stride()[:2], *cache_strides, **shape,
+                q, k_cache, v_cache, table, lens, addresses, cu_seqlens_q.contiguous(), out, scale * LOG2_E,
+                len(lens), table.stride(0), *q.stride()[:2], *out.stride()[:2], *cache_strides, **shape,
                 BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
             )  # fmt: skip
         return out
     block_n, warps, stages = decode
     splits = max(1, triton.cdiv(table.shape[1] * page, SPLIT))
-    chunk = min(tokens, max(1, WORKSPACE // (4 * heads * splits * (dim + 2))))
-    partial = torch.empty(chunk * heads * splits * dim, dtype=torch.float32, device=q.device)
-    maxima, sums = torch.empty(2, chunk * heads * splits, dtype=torch.float32, device=q.device)
+    chunk = tokens if splits == 1 else min(tokens, max(1, WORKSPACE // (4 * heads * splits * (dim + 2))))
+    values = 0 if splits == 1 else chunk * heads * splits
+    partial = torch.empty(values * dim, dtype=torch.float32, device=q.device)
+    maxima, sums = torch.empty(2, values, dtype=torch.float32, device=q.device)
     for start in range(0, tokens, chunk):
         rows = slice(start, min(start + chunk, tokens))
         with _runtime.launch_on(q):
             _decode_kernel[(rows.stop - start, kv_heads, splits)](
-                q[rows], k_cache, v_cache, table[rows], lens[rows], partial, maxima, sums, scale * LOG2_E, splits,
-                table.stride(0), *q.stride()[:2], *cache_strides, **shape, SPLIT=SPLIT,
-                BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK_N=block_n,
+                q[rows], k_cache, v_cache, table[rows], lens[rows], addresses, out[rows], partial, maxima, sums,
+                scale * LOG2_E, splits, table.stride(0), *q.stride()[:2], *out.stride()[:2], *cache_strides,
+                **shape, SPLIT=SPLIT, MERGE=splits > 1, BLOCK_N=block_n,
+                BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
                 num_warps=warps, num_stages=stages,
             )  # fmt: skip
-            _merge_kernel[(rows.stop - start, heads)](
-                partial, maxima, sums, lens[rows], out[rows], splits, *out.stride()[:2],
-                D=dim, SPLIT=SPLIT, BLOCK_D=block_d, num_warps=1,
-            )  # fmt: skip
-    return out
-
-
-@torch.no_grad()
-def _store_kv_torch(k, v, k_cache, v_cache, slot_mapping):
-    if len(slot_mapping) and slot_mapping.min() < 0:
-        kept = slot_mapping >= 0
-        k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
-    block, offset = slot_mapping // k_cache.shape[1], slot_mapping % k_cache.shape[1]
-    k_cache.index_put_((block, offset), k)
-    v_cache.index_put_((block, offset), v)
-
-
-def _sdpa(q, k, v, visible, causal, scale):
-    """torch's attention; float32 in float64, where the order of sums no longer shows in the rounded result."""
-    wide = torch.float64 if q.dtype == torch.float32 else q.dtype
-    attended = F.scaled_dot_product_attention(
-        q.to(wide), k.to(wide), v.to(wide), visible, is_causal=causal, scale=scale, enable_gqa=True
-    )
-    return attended.to(q.dtype)
-
-
-@torch.no_grad()
-def _paged_attention_torch(q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale):
-    if cu_seqlens_q is None:
-        return _decode_torch(q, k_cache, v_cache, block_table, context_lens, scale)
-    out = torch.zeros(q.shape, dtype=q.dtype)
-    bounds = cu_seqlens_q.tolist()
-    for i, context in enumerate(context_lens.tolist()):
-        begin, end = bounds[i], bounds[i + 1]
-        if context == 0 or begin == end:
-            continue
-        pages = block_table[i, : triton.cdiv(context, k_cache.shape[1])]
-        k, v = (cache.index_select(0, pages).flatten(0, 1).transpose(0, 1) for cache in (k_cache, v_cache))
-        for start in range(begin, end, CPU_QUERIES):
-            stop = min(start + CPU_QUERIES, end)
-            seen, rows = context - end + stop, stop - start
-            # torch's causal mask starts at the first key, so a chunk behind a prefix brings its own.
-            behind = 1 < rows < seen
-            visible = torch.ones(rows, seen, dtype=torch.bool).tril_(seen - rows) if behind else None
-            queries = q[start:stop].transpose(0, 1)[None]
-            keys, values = k[None, :, :seen], v[None, :, :seen]
-            attended = _sdpa(queries, keys, values, visible, rows == seen, scale)
-            out[start:stop] = attended[0].transpose(0, 1)
-    return out
-
-
-def _decode_torch(q, k_cache, v_cache, block_table, context_lens, scale):
-    page, kv_heads, dim = k_cache.shape[1:]
-    out = torch.zeros(q.shape, dtype=q.dtype)
-    lens, order = context_lens.sort()  # neighbours in length are gathered together: little padding
-    host_lens, token_bytes = lens.tolist(), kv_heads * dim * k_cache.element_size()
-    empty, end = host_lens.count(0), len(host_lens)
-    while end > empty:
-        longest = host_lens[end - 1]
-        pages = triton.cdiv(longest, page)
-        begin = max(empty, end - max(1, CPU_CHUNK // (pages * page * token_bytes)))
-        rows, shortest, visible = order[begin:end], host_lens[begin], None
-        blocks = block_table[rows, :pages]
-        if shortest < longest:
-            visible = torch.arange(pages * page) < lens[begin:end, None]
-            blocks = blocks.where(visible[:, ::page], 0)
-        k, v = (
-            cache.index_select(0, blocks.flatten()).view(end - begin, -1, kv_heads, dim)[:, :longest]
-            for cache in (k_cache, v_cache)
-        )
-        if visible is not None:
-            for x in (k, v):
-                x[:, shortest:].masked_fill_(~visible[:, shortest:longest, None, None], 0)
-            visible = visible[:, None, None, :longest]
-        queries, keys, values = q[rows].unflatten(1, (kv_heads, -1)), k.transpose(1, 2), v.transpose(1, 2)
-        attended = _sdpa(queries, keys, values, visible, False, scale)
-        out[rows] = attended.flatten(1, 2)
-        end = begin
+            if splits > 1:
+                _merge_kernel[(rows.stop - start, heads)](
+                    partial, maxima, sums, lens[rows], out[rows], splits, *out.stride()[:2],
+                    D=dim, SPLIT=SPLIT, BLOCK_D=block_d, num_warps=1,
+                )  # fmt: skip
     return out
 
 
 _store_kv = torch.library.custom_op(
     f"{_runtime.LIB}::store_kv", _store_kv_triton, mutates_args=("k_cache", "v_cache"), device_types="cuda"
 )
-_store_kv.register_kernel("cpu")(_store_kv_triton if _runtime.INTERPRET else _store_kv_torch)
-_store_kv.register_fake(lambda k, v, k_cache, v_cache, slot_mapping: None)
+_store_kv.register_kernel("cpu")(_store_kv_triton if _runtime.INTERPRET else store_kv_cpu)
+_store_kv.register_fake(lambda *inputs: None)
 _paged_attention = _runtime.register(
     "paged_attention",
     triton_impl=_paged_attention_triton,
-    torch_impl=_paged_attention_torch,
+    torch_impl=paged_attention_cpu,
     fake=lambda q, *others: torch.empty(q.shape, dtype=q.dtype, device=q.device),
 )
 
@@ -406,13 +353,21 @@ def _check_index(name, index, shape, dtype, device):
         raise ValueError(f"{name} must be {shape} {dtype} on {device}, got {got}")
 
 
-def store_kv(k, v, k_cache, v_cache, slot_mapping):
+def _check_addresses(addresses, device):
+    if addresses is not None:
+        if device.type == "cpu" and not _runtime.INTERPRET:
+            raise ValueError("addresses are read by kernels on a GPU, got caches on the CPU")
+        _check_index("addresses", addresses, (2,), torch.int64, device)
+
+
+def store_kv(k, v, k_cache, v_cache, slot_mapping, *, addresses=None):
     """Write the keys and values of T tokens into the paged cache, in place.
 
     Args:
         k, v: (T, KVH, D), the dtype of the caches.
         k_cache, v_cache: (num_blocks, block_size, KVH, D); block_size a power of two >= 16. Written.
         slot_mapping: (T,) int64, slot = block * block_size + offset; -1 skips the token. Slots must differ.
+        addresses: (2,) int64, where the caches begin when the kernel runs; None: where they are now.
 
     Raises:
         ValueError: a shape, dtype, device or block size is not as above.
@@ -422,10 +377,13 @@ def store_kv(k, v, k_cache, v_cache, slot_mapping):
         shape = f"(T, {k_cache.shape[2]}, {k_cache.shape[3]})"
         raise ValueError(f"k and v must be {shape}, alike, got {tuple(k.shape)} and {tuple(v.shape)}")
     _check_index("slot_mapping", slot_mapping, (len(k),), torch.int64, k.device)
-    _store_kv(k, v, k_cache, v_cache, slot_mapping)
+    _check_addresses(addresses, k.device)
+    _store_kv(k, v, k_cache, v_cache, slot_mapping, addresses)
 
 
-def paged_attention(q, k_cache, v_cache, block_table, context_lens, *, cu_seqlens_q=None, scale=None):
+def paged_attention(
+    q, k_cache, v_cache, block_table, context_lens, *, cu_seqlens_q=None, scale=None, addresses=None
+):
     """Causal attention of the last tokens of S sequences over their cached keys and values. No gradient.
 
     Args:
@@ -436,6 +394,8 @@ def paged_attention(q, k_cache, v_cache, block_table, context_lens, *, cu_seqlen
             sequence's number of queries to max_blocks * block_size, or 0, which gives zeros.
         cu_seqlens_q: (S + 1,) int32 bounds of each sequence's queries in q; None is one query a sequence.
         scale: factor of the scores, 1 / sqrt(D) by default.
+        addresses: (2,) int64, where the caches begin when the kernels run, a multiple of 16 bytes; None: where they
+            are now. For CUDA graphs whose caches move.
 
     Returns:
         (T, H, D) in the dtype of q; rows at or beyond cu_seqlens_q[-1] are zero.
@@ -456,4 +416,5 @@ def paged_attention(q, k_cache, v_cache, block_table, context_lens, *, cu_seqlen
             f"without cu_seqlens_q expected one query a sequence, got {tokens} for {sequences} sequences"
         )
     scale = dim**-0.5 if scale is None else scale
-    return _paged_attention(q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale)
+    _check_addresses(addresses, q.device)
+    return _paged_attention(q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale, addresses)

@@ -51,13 +51,24 @@ class SamplingParams:
 
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 
 def _mix(x):
     """The finaliser of SplitMix64 (Steele et al., OOPSLA 2014) on uint64 arrays."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    for shift, factor in _MIX:
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     return x ^ (x >> np.uint64(31))
+
+
+def noise_keys(seed, prompt_index, group_index):
+    """Uint64 keys of the noise of completions (seed, prompt, member of the group): arrays that broadcast."""
+    with np.errstate(over="ignore"):
+        state = np.uint64(seed & int(_MASK))
+        for key in (prompt_index, group_index):
+            state = _mix(state + np.uint64(_GOLDEN) * (np.asarray(key, dtype=np.uint64) + np.uint64(1)))
+        return state
 
 
 def counter_uniform(seed, prompt_index, group_index, position):
@@ -67,29 +78,39 @@ def counter_uniform(seed, prompt_index, group_index, position):
     members of a group share noise.
     """
     with np.errstate(over="ignore"):
-        state = np.uint64(seed & int(_MASK))
-        for key in (prompt_index, group_index, position):
-            counter = np.asarray(key, dtype=np.uint64) + np.uint64(1)
-            state = _mix(state + np.uint64(0x9E3779B97F4A7C15) * counter)
+        counter = np.uint64(_GOLDEN) * (np.asarray(position, dtype=np.uint64) + np.uint64(1))
+        state = _mix(noise_keys(seed, prompt_index, group_index) + counter)
         # 52 bits: with 53 the half would be rounded, and the largest draw to 1.
         return ((_mix(state) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
-def adjust_logits(logits, params, histories):
-    """Repetition penalty (arXiv 1909.05858) over the tokens of ``histories`` (a list a row), then logit bias."""
+def _signed(word):
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _shift(x, bits):
+    """Logical right shift of int64 words."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix_words(x):
+    for bits, factor in _MIX:
+        x = (x ^ _shift(x, bits)) * _signed(factor)
+    return x ^ _shift(x, 31)
+
+
+def uniforms_at(keys, positions):
+    """``counter_uniform`` on tensors, bit for bit: keys (B,) int64, the words of ``noise_keys``; positions (B,)."""
+    state = _mix_words(keys + (positions + 1) * _signed(_GOLDEN))
+    return (_shift(_mix_words(state), 12).double() + 0.5) * 2.0**-52
+
+
+def adjust_logits(logits, params, *, seen=None, bias=None):
+    """Repetition penalty (arXiv 1909.05858) on the tokens ``seen`` (R, V) bool, then ``bias`` (V,) added."""
     if params.repetition_penalty != 1:
-        logits = logits.clone()
-        for row, history in zip(logits, histories, strict=True):
-            seen = torch.tensor(sorted(set(history)), device=logits.device)
-            values = row[seen]
-            row[seen] = values * torch.where(
-                values > 0, 1 / params.repetition_penalty, params.repetition_penalty
-            )
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=logits.device)
-        bias = torch.tensor(list(params.logit_bias.values()), device=logits.device, dtype=logits.dtype)
-        logits = logits.index_add(1, ids, bias.expand(logits.shape[0], -1))
-    return logits
+        factor = torch.where(logits > 0, 1 / params.repetition_penalty, params.repetition_penalty)
+        logits = torch.where(seen, logits * factor, logits)
+    return logits if bias is None else logits + bias
 
 
 def filter_logits(logits, params):
@@ -108,15 +129,18 @@ def filter_logits(logits, params):
     return logits
 
 
-def sample(logits, rows, uniforms, params, *, histories=None, banned=None):
+def sample(logits, rows, uniforms, params, *, seen=None, bias=None, banned=None):
     """Draw B tokens from R distributions by inverting the cumulative distribution.
+
+    It waits for nothing and its shapes are those of its inputs, so that a CUDA graph can hold it.
 
     Args:
         logits: (R, V) float32, as the model gives them.
-        rows: (B,) int64, the row of logits that each draw is from.
+        rows: (B,) int64, the row of logits that each draw is from; None: one draw a row.
         uniforms: (B,) float64 in (0, 1), from ``counter_uniform``.
         params: ``SamplingParams``.
-        histories: the tokens so far of each of the R rows, for the repetition penalty.
+        seen: (R, V) bool, the tokens so far of each row, for the repetition penalty.
+        bias: (V,) float32, added to the logits (``logit_bias``), or None.
         banned: (R, V) bool, tokens that must not be drawn, or None.
 
     Returns:
@@ -128,18 +152,21 @@ def sample(logits, rows, uniforms, params, *, histories=None, banned=None):
     weights = centred.exp()
     log_total = weights.sum(-1, keepdim=True).log()
     kept = torch.ones_like(log_total[:, 0])
-    choice = adjust_logits(logits, params, histories)
+    of_draw = (lambda x: x) if rows is None else (lambda x: x[rows])
+    choice = adjust_logits(logits, params, seen=seen, bias=bias)
     if banned is not None:
         choice = choice.masked_fill(banned, -torch.inf)
     if params.temperature == 0:
-        tokens = choice.argmax(-1)[rows]
+        tokens = of_draw(choice.argmax(-1))
     else:
         if params.filters or choice is not logits:
             choice = filter_logits(choice / params.temperature, params)
             if params.filters:
                 kept = (weights * choice.isfinite()).sum(-1) / weights.sum(-1)
             weights = (choice - choice.amax(-1, keepdim=True)).exp()
-        cumulative = weights.cumsum(-1, dtype=torch.float64)[rows]
+        cumulative = of_draw(weights.cumsum(-1, dtype=torch.float64))
         threshold = uniforms.to(logits.device)[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+    if rows is None:
+        rows = torch.arange(len(logits), device=logits.device)
     return tokens, centred[rows, tokens] - log_total[rows, 0], kept[rows]

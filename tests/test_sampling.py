@@ -8,7 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from nanogrpo.rollout import SamplingParams, sampling
-from nanogrpo.rollout.sampling import adjust_logits, counter_uniform, filter_logits, sample
+from nanogrpo.rollout.sampling import (
+    adjust_logits,
+    counter_uniform,
+    filter_logits,
+    noise_keys,
+    sample,
+    uniforms_at,
+)
 
 VOCAB, DRAWS = 12, 20_000
 
@@ -41,6 +48,16 @@ def expected_distribution(logits, params, history=()):
     return probs(), kept
 
 
+def seen_in(histories):
+    if histories is None:
+        return None
+    return torch.tensor([[token in history for token in range(VOCAB)] for history in histories])
+
+
+def bias_of(params):
+    return torch.tensor([params.logit_bias.get(t, 0.0) for t in range(VOCAB)]) if params.logit_bias else None
+
+
 def random_logits(seed, rows=1):
     return 1.5 * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed))
 
@@ -66,8 +83,9 @@ def test_sample_follows_the_distribution(options, seed):
     logits, history = random_logits(seed), [1, 3, 3, 8]
     uniforms = torch.from_numpy(counter_uniform(seed, 0, np.arange(DRAWS), 0))
     histories = [history] if params.repetition_penalty != 1 else None
+    tensors = {"bias": bias_of(params), "seen": seen_in(histories)}
     rows = torch.zeros(DRAWS, dtype=torch.int64)
-    tokens, logprobs, kept = sample(logits, rows, uniforms, params, histories=histories)
+    tokens, logprobs, kept = sample(logits, rows, uniforms, params, **tensors)
     probs, inside = expected_distribution(logits[0], params, history if histories else ())
     assert set(tokens.tolist()) <= inside
     counts = torch.bincount(tokens, minlength=VOCAB).double()
@@ -140,13 +158,12 @@ def test_several_draws_from_a_row(options):
     u = torch.from_numpy(counter_uniform(1, 0, np.arange(6), 0))
     banned = torch.zeros(3, VOCAB, dtype=torch.bool).scatter_(1, logits.argmax(-1)[:, None], True)
     banned[1] = False
-    histories = [[0, 1], [2], [3, 3]]
-    ours = sample(logits, rows, u, params, histories=histories, banned=banned)
-    written = sample(
-        logits[rows], torch.arange(6), u, params, histories=[histories[r] for r in rows], banned=banned[rows]
-    )
-    for value, expected in zip(ours, written, strict=True):
-        torch.testing.assert_close(value, expected)
+    seen, bias = seen_in([[0, 1], [2], [3, 3]]), bias_of(params)
+    ours = sample(logits, rows, u, params, seen=seen, bias=bias, banned=banned)
+    for index in (torch.arange(6), None):
+        written = sample(logits[rows], index, u, params, seen=seen[rows], bias=bias, banned=banned[rows])
+        for value, expected in zip(ours, written, strict=True):
+            torch.testing.assert_close(value, expected)
     assert not banned[rows, ours[0]].any()
 
 
@@ -161,7 +178,7 @@ def test_adjusting_leaves_the_input_alone():
     logits = random_logits(0, rows=2)
     before = logits.clone()
     params = SamplingParams(repetition_penalty=2.0, logit_bias={1: 5.0, 2: -torch.inf})
-    out = adjust_logits(logits, params, [[0, 0], [4]])
+    out = adjust_logits(logits, params, seen=seen_in([[0, 0], [4]]), bias=bias_of(params))
     assert torch.equal(logits, before)
     assert out[:, 2].isneginf().all() and torch.equal(out[:, 1], before[:, 1] + 5)
     assert out[0, 0] == (before[0, 0] / 2 if before[0, 0] > 0 else before[0, 0] * 2)
@@ -187,6 +204,14 @@ def test_uniforms_are_distinct_in_every_key_and_uniform():
 def test_uniforms_stay_inside_the_unit_interval(bits, expected, monkeypatch):
     monkeypatch.setattr(sampling, "_mix", lambda state: np.full_like(state, bits))
     assert counter_uniform(0, 0, 0, 0) == expected and 0 < expected < 1
+
+
+@given(*[st.integers(-(2**63), 2**64 - 1)] + [st.integers(0, 2**40)] * 3)
+def test_uniforms_on_tensors_are_the_same(seed, prompt, member, position):
+    keys = noise_keys(seed, [prompt, 0], [member, 1])
+    counts = np.array([position, 5])
+    ours = uniforms_at(torch.from_numpy(keys.view(np.int64)), torch.from_numpy(counts))
+    assert ours.tolist() == counter_uniform(seed, [prompt, 0], [member, 1], counts).tolist()
 
 
 def test_a_uniform_depends_on_its_key_alone():
