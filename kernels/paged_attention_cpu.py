@@ -1,4 +1,4 @@
-"""The CPU path of ``paged_attention`` and ``store_kv``, which give the formulas and check the arguments.
+"""The CPU path of ``paged_attention``, ``append_attention`` and ``store_kv``, whose files say what they compute.
 
 Decode gathers ``CPU_CHUNK`` bytes of keys at a time, sequences of like length together.
 """
@@ -55,6 +55,14 @@ def paged_attention_cpu(
             attended = _sdpa(queries, keys, values, visible, rows == seen, scale)
             out[start:stop] = attended[0].transpose(0, 1)
     return out
+
+
+@torch.no_grad()
+def append_attention_cpu(q, k, v, k_cache, v_cache, block_table, context_lens, scale, addresses):
+    last, page = context_lens.long() - 1, k_cache.shape[1]
+    block = block_table.gather(1, (last.clamp(min=0) // page)[:, None])[:, 0].long()
+    store_kv_cpu(k, v, k_cache, v_cache, torch.where(last < 0, -1, block * page + last % page), None)
+    return _decode_torch(q, k_cache, v_cache, block_table, context_lens, scale)
 
 
 def _decode_torch(q, k_cache, v_cache, block_table, context_lens, scale):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from ..kernels import paged_attention, store_kv
+from ..kernels import append_attention, paged_attention, store_kv
 
 
 class TreeAttention:
@@ -43,10 +43,11 @@ class PagedAttention:
     def __init__(self, cache, slot_mapping, source, block_table, context_lens, cu_seqlens_q=None):
         """cache: a ``KVCache``; slot_mapping (L,) int64: where keys and values go, and source (L,) int64: the token
         that they come from, None for the first L tokens in order; block_table (S, blocks) and context_lens (S,)
-        int32; cu_seqlens_q (S+1,) int32 for prefill, None when every sequence brings one token (decode)."""
+        int32; cu_seqlens_q (S+1,) int32 for prefill, None when every sequence brings one token (decode). In decode
+        slot_mapping may be None: each token goes where its own context ends."""
         self.cache = cache
         self.slot_mapping = slot_mapping
-        self.source = slice(len(slot_mapping)) if source is None else source
+        self.source = source if source is not None or slot_mapping is None else slice(len(slot_mapping))
         self.block_table = block_table
         self.context_lens = context_lens
         self.cu_seqlens_q = cu_seqlens_q
@@ -54,6 +55,10 @@ class PagedAttention:
     def __call__(self, layer, q, k, v):
         k_cache, v_cache = self.cache.layer(layer)
         addresses = None if self.cache.addresses is None else self.cache.addresses[layer]
+        if self.slot_mapping is None:
+            return append_attention(
+                q, k, v, k_cache, v_cache, self.block_table, self.context_lens, addresses=addresses
+            )
         store_kv(k[self.source], v[self.source], k_cache, v_cache, self.slot_mapping, addresses=addresses)
         return paged_attention(
             q, k_cache, v_cache, self.block_table, self.context_lens,

@@ -128,16 +128,16 @@ def mark_seen(seen, sequences):
 def decode_step(model, cache, draw, state):
     """One token for every row of ``state`` that has not ended."""
     alive = state.counts < state.limits
-    page = cache.block_size
-    block = state.table.gather(1, (state.positions // page)[:, None])[:, 0]
-    slots = torch.where(alive, block * page + state.positions % page, -1)
     context_lens = torch.where(alive, state.positions + 1, 0).int()
-    inputs = state.tokens, state.positions, state.table, context_lens
+    inputs, slots = (state.tokens, state.positions, state.table, context_lens), None
     if state.leaders is not None:
+        page = cache.block_size
+        block = state.table.gather(1, (state.positions // page)[:, None])[:, 0]
+        slots = torch.where(alive, block * page + state.positions % page, -1)
         inputs = [x[state.leaders] for x in inputs]
     computed = len(inputs[0])
     if (
-        not slots.is_cuda and computed < MIN_ROWS
+        not alive.is_cuda and computed < MIN_ROWS
     ):  # padding: tokens that store nothing, of rows that see nothing
         inputs = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, MIN_ROWS - computed)) for x in inputs]
     tokens, positions, table, context_lens = inputs

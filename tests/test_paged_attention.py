@@ -10,7 +10,9 @@ import torch
 from cross_compile import assert_compiles, every_card
 from hypothesis import given
 from hypothesis import strategies as st
-from nanogrpo.kernels.paged_attention import paged_attention, paged_attention_ref, store_kv, store_kv_ref
+from nanogrpo.kernels import append_attention, store_kv
+from nanogrpo.kernels.kv_store import _store_kv_triton, store_kv_ref
+from nanogrpo.kernels.paged_attention import paged_attention, paged_attention_ref
 from numerics import EPS, assert_no_worse_than
 
 module = importlib.import_module("nanogrpo.kernels.paged_attention")  # the package exports its function
@@ -72,6 +74,26 @@ def test_decode_matches_reference(batch):
     q, _ = queries([1] * len(contexts), kv_heads * group, dim, dtype=dtype, seed=seed + 1)
     out = assert_correct(q, *cache)
     assert (out[cache[3] == 0] == 0).all()
+
+
+@given(batches(), st.sampled_from([None, 0.3]))
+def test_appending_decode_equals_store_then_decode(batch, scale):
+    contexts, _, kv_heads, group, dim, page, dtype, seed = batch
+    *caches, table, lens = paged(contexts, kv_heads, dim, dtype=dtype, page=page, seed=seed)
+    q, _ = queries([1] * len(contexts), kv_heads * group, dim, dtype=dtype, seed=seed + 1)
+    generator = torch.Generator().manual_seed(seed + 2)
+    k, v = torch.randn(2, kv_heads, len(contexts), dim, generator=generator).to(dtype).transpose(1, 2)
+    last = lens.long() - 1
+    slots = [
+        int(row[i // page]) * page + i % page if i >= 0 else -1
+        for row, i in zip(table, last.tolist(), strict=True)
+    ]
+    stored, appended = [x.clone() for x in caches], [x.clone() for x in caches]
+    store_kv(k, v, *stored, torch.tensor(slots))
+    expected = assert_correct(q, *stored, table, lens, scale=scale)
+    ours = append_attention(q, k, v, *appended, table, lens, scale=scale)
+    for a, b in zip((ours, *appended), (expected, *stored), strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
 
 @given(batches(), st.sampled_from([None, 0.3]))
@@ -201,6 +223,9 @@ def test_caches_may_move(device):
         slots = table[:, 0].long() * 16 + 3
         store_kv(rows, rows, *stale, slots, addresses=addresses)
         assert torch.equal(k_cache.flatten(0, 1)[slots], rows) and stale[0].isnan().all()
+        short = torch.tensor([30, 0], dtype=torch.int32, device=device)
+        append_attention(rows, 2 * rows, rows, *stale, table, short, addresses=addresses)
+        assert torch.equal(k_cache[table[0, 1], 13], 2 * rows[0]) and stale[0].isnan().all()
         q, cu_seqlens = queries([2, 3], 4, 16, dtype=torch.float32, device=device)
         for some, bounds in ((q[:2], None), (q, cu_seqlens)):
             expected = paged_attention(some, k_cache, v_cache, table, lens, cu_seqlens_q=bounds)
@@ -281,6 +306,13 @@ def test_wrong_input_raises(changes, message):
         paged_attention(**(GOOD | changes))
 
 
+def test_wrong_append_raises():
+    good = {name: value for name, value in GOOD.items() if name != "q"}
+    for k in (torch.zeros(2, 1, 16), torch.zeros(3, 2, 16), torch.zeros(2, 2, 16, dtype=torch.float16)):
+        with pytest.raises(ValueError, match=r"k and v must be \(2, 2, 16\) torch.float32"):
+            append_attention(GOOD["q"], k, torch.zeros(2, 2, 16), **good)
+
+
 @pytest.mark.parametrize(
     "k, slots, message",
     [
@@ -303,6 +335,10 @@ def test_operators_pass_opcheck(device):
         torch.library.opcheck(
             torch.ops.nanogrpo.paged_attention, (rows, k_cache, v_cache, table, lens, bounds, 0.25, None)
         )
+    new, lens = q[:2, :1], lens - 1
+    torch.library.opcheck(
+        torch.ops.nanogrpo.append_attention, (q[:2], new, new, k_cache, v_cache, table, lens, 0.25, None)
+    )
     slots = torch.tensor([1, -1], device=device)
     torch.library.opcheck(torch.ops.nanogrpo.store_kv, (q[:2, :1], q[2:4, :1], k_cache, v_cache, slots, None))
 
@@ -342,11 +378,12 @@ def assert_all_compile(cc, dim, dtype):
     addresses = torch.tensor([cache[0].data_ptr(), cache[1].data_ptr()])
 
     def launch():
-        for where in (None, addresses):
-            module._paged_attention_triton(q[:2], *cache, None, 0.1, where)
-            module._paged_attention_triton(q[:2], *cache[:2], cache[2][:, :2], cache[3], None, 0.1, where)
-            module._paged_attention_triton(q, *cache, cu_seqlens, 0.1, where)
-            module._store_kv_triton(q[:2, :2], q[:2, 2:4], *cache[:2], torch.tensor([1, 2]), where)
+        module._paged_attention_triton(q[:2], *cache, None, 0.1, addresses)
+        module._append_attention_triton(
+            q[:2], q[:2, :2], q[2:4, :2], *cache[:2], cache[2][:, :2], cache[3], 0.1, addresses
+        )
+        module._paged_attention_triton(q, *cache, cu_seqlens, 0.1, addresses)
+        _store_kv_triton(q[:2, :2], q[:2, 2:4], *cache[:2], torch.tensor([1, 2]), addresses)
 
     assert_compiles(launch, cc, ["_decode_kernel", "_merge_kernel", "_prefill_kernel", "_store_kv_kernel"])
 
