@@ -9,7 +9,7 @@ from .attention import PagedAttention
 from .decoding import Decoder, mark_seen
 from .kv_cache import BlockAllocator, KVCache
 from .model import MIN_ROWS
-from .sampling import SamplingParams, noise_keys
+from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .streaming import TextStream
 
@@ -92,7 +92,7 @@ class Sampler:
             advance = (
                 self._prefill(cache, scheduler, admitted, params)
                 if admitted
-                else (self._decode(cache, scheduler, params))
+                else (self._decode(cache, scheduler))
             )
             for sequences, drawn in advance:
                 self._extend(sequences, drawn, params)
@@ -200,18 +200,19 @@ class Sampler:
         if params.repetition_penalty != 1:
             seen = torch.zeros(logits.shape, dtype=torch.bool, device=device)
             mark_seen(seen, leaders)
-        words = [rows, _keys(sequences, params).view(np.int64), [len(s) - s.prompt_length for s in sequences]]
-        rows, keys, counts = torch.from_numpy(np.array(words, dtype=np.int64)).to(device)
-        drawn = self.decoder.draw(logits, rows, keys, counts, seen)
-        return sequences, [x[None].cpu().numpy() for x in drawn]
+        members = [s.prompt_index for s in sequences], [s.group_index for s in sequences]
+        counts = [len(s) - s.prompt_length for s in sequences]
+        rows, *members, counts = torch.tensor([rows, *members, counts], device=device)
+        tokens, logprobs, kept = self.decoder.draw(logits, rows, members, counts, seen)
+        kept = torch.ones_like(logprobs) if kept is None else kept
+        return sequences, [x[None].cpu().numpy() for x in (tokens, logprobs, kept)]
 
-    def _decode(self, cache, scheduler, params):
+    def _decode(self, cache, scheduler):
         """Let the running sequences draw until the next look: yields (sequences, drawn)."""
         remaining = max(s.max_length - len(s) for s in scheduler.running)
         steps = scheduler.grow(min(self.window, remaining))
         sequences = list(scheduler.running)
-        keys, share = _keys(sequences, params), self.policy.device.type == "cpu"
-        yield sequences, self.decoder.run(cache, sequences, keys, steps, window=self.window, share=share)
+        yield sequences, self.decoder.run(cache, sequences, steps, window=self.window)
 
     def _slot(self, sequence, position):
         return (
@@ -284,8 +285,3 @@ class Sampler:
             text=text[:cut],
             kept_mass=sequence.kept_mass if params.filters else None,
         )
-
-
-def _keys(sequences, params):
-    """Keys (B,) uint64 of the sequences' noise."""
-    return noise_keys(params.seed, [s.prompt_index for s in sequences], [s.group_index for s in sequences])

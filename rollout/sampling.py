@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ..kernels import sample_tokens
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -51,58 +53,28 @@ class SamplingParams:
 
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 
 def _mix(x):
     """The finaliser of SplitMix64 (Steele et al., OOPSLA 2014) on uint64 arrays."""
-    for shift, factor in _MIX:
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def noise_keys(seed, prompt_index, group_index):
-    """Uint64 keys of the noise of completions (seed, prompt, member of the group): arrays that broadcast."""
-    with np.errstate(over="ignore"):
-        state = np.uint64(seed & int(_MASK))
-        for key in (prompt_index, group_index):
-            state = _mix(state + np.uint64(_GOLDEN) * (np.asarray(key, dtype=np.uint64) + np.uint64(1)))
-        return state
 
 
 def counter_uniform(seed, prompt_index, group_index, position):
     """Float64 uniforms in (0, 1) keyed by (seed, prompt, member of the group, position): arrays that broadcast.
 
     A draw depends on its key alone, so a completion does not depend on batch, order or preemption, and no two
-    members of a group share noise.
+    members of a group share noise. The specification of the noise; ``sample_tokens`` makes the same from its keys.
     """
     with np.errstate(over="ignore"):
-        counter = np.uint64(_GOLDEN) * (np.asarray(position, dtype=np.uint64) + np.uint64(1))
-        state = _mix(noise_keys(seed, prompt_index, group_index) + counter)
+        state = np.uint64(seed & int(_MASK))
+        for key in (prompt_index, group_index, position):
+            counter = np.asarray(key, dtype=np.uint64) + np.uint64(1)
+            state = _mix(state + np.uint64(0x9E3779B97F4A7C15) * counter)
         # 52 bits: with 53 the half would be rounded, and the largest draw to 1.
         return ((_mix(state) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-
-
-def _signed(word):
-    return word - 2**64 if word >= 2**63 else word
-
-
-def _shift(x, bits):
-    """Logical right shift of int64 words."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix_words(x):
-    for bits, factor in _MIX:
-        x = (x ^ _shift(x, bits)) * _signed(factor)
-    return x ^ _shift(x, 31)
-
-
-def uniforms_at(keys, positions):
-    """``counter_uniform`` on tensors, bit for bit: keys (B,) int64, the words of ``noise_keys``; positions (B,)."""
-    state = _mix_words(keys + (positions + 1) * _signed(_GOLDEN))
-    return (_shift(_mix_words(state), 12).double() + 0.5) * 2.0**-52
 
 
 def adjust_logits(logits, params, *, seen=None, bias=None):
@@ -129,15 +101,16 @@ def filter_logits(logits, params):
     return logits
 
 
-def sample(logits, rows, uniforms, params, *, seen=None, bias=None, banned=None):
+def sample(logits, rows, noise, params, *, seen=None, bias=None, banned=None):
     """Draw B tokens from R distributions by inverting the cumulative distribution.
 
     It waits for nothing and its shapes are those of its inputs, so that a CUDA graph can hold it.
 
     Args:
         logits: (R, V) float32, as the model gives them.
-        rows: (B,) int64, the row of logits that each draw is from; None: one draw a row.
-        uniforms: (B,) float64 in (0, 1), from ``counter_uniform``.
+        rows: (B,) int64, the row of logits that each draw is from.
+        noise: (seed (1,), prompt index, group index, position), the latter (B,), all int64; or the uniforms (B,)
+            float64 that ``counter_uniform`` makes of them.
         params: ``SamplingParams``.
         seen: (R, V) bool, the tokens so far of each row, for the repetition penalty.
         bias: (V,) float32, added to the logits (``logit_bias``), or None.
@@ -145,28 +118,21 @@ def sample(logits, rows, uniforms, params, *, seen=None, bias=None, banned=None)
 
     Returns:
         tokens (B,) int64; logprobs (B,) float32 of the unadjusted logits at the sampling temperature (1 if
-        greedy) over the full vocabulary; kept (B,) float32, the share of that distribution inside the filters.
+        greedy) over the full vocabulary; kept (B,) float32, the share of that distribution inside the filters, or
+        None where there are none.
     """
-    scaled = logits / params.temperature if params.temperature > 0 else logits
-    centred = scaled - scaled.amax(-1, keepdim=True)
-    weights = centred.exp()
-    log_total = weights.sum(-1, keepdim=True).log()
-    kept = torch.ones_like(log_total[:, 0])
-    of_draw = (lambda x: x) if rows is None else (lambda x: x[rows])
+    noise = {"uniforms" if isinstance(noise, torch.Tensor) else "keys": noise}
     choice = adjust_logits(logits, params, seen=seen, bias=bias)
     if banned is not None:
         choice = choice.masked_fill(banned, -torch.inf)
-    if params.temperature == 0:
-        tokens = of_draw(choice.argmax(-1))
+    if choice is logits and (params.temperature == 0 or not params.filters):
+        return *sample_tokens(logits, rows, params.temperature, **noise), None
+    logprobs = (logits / params.temperature if params.temperature > 0 else logits).log_softmax(-1)
+    kept = None
+    if params.filters and params.temperature > 0:
+        choice = filter_logits(choice / params.temperature, params)
+        kept = (logprobs.exp() * choice.isfinite()).sum(-1)[rows]
+        tokens, _ = sample_tokens(choice, rows, 1.0, **noise)
     else:
-        if params.filters or choice is not logits:
-            choice = filter_logits(choice / params.temperature, params)
-            if params.filters:
-                kept = (weights * choice.isfinite()).sum(-1) / weights.sum(-1)
-            weights = (choice - choice.amax(-1, keepdim=True)).exp()
-        cumulative = of_draw(weights.cumsum(-1, dtype=torch.float64))
-        threshold = uniforms.to(logits.device)[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
-    if rows is None:
-        rows = torch.arange(len(logits), device=logits.device)
-    return tokens, centred[rows, tokens] - log_total[rows, 0], kept[rows]
+        tokens, _ = sample_tokens(choice, rows, params.temperature, **noise)
+    return tokens, logprobs[rows, tokens], kept
