@@ -194,3 +194,30 @@ def test_a_group_enters_whole_or_waits():
     assert scheduler.admit() == []
     scheduler.finish(members[0])
     assert [s.prompt_index for s in scheduler.admit()] == [1]
+
+
+def test_ten_thousand_requests_through_a_cache_that_holds_three_percent_of_them():
+    rng, window = random.Random(1), 8
+    prompts = [[rng.randint(0, 99) for _ in range(rng.randint(1, 24))] for _ in range(10_000)]
+    lengths = [rng.randint(1, 24) for _ in prompts]
+    needed = sum(-(-(len(p) + n - 1) // BLOCK) for p, n in zip(prompts, lengths, strict=True))
+    allocator = BlockAllocator(needed * 3 // 100)
+    scheduler, finished, preempted = Scheduler(allocator, BLOCK, 1000), {}, 0
+    for index, prompt in enumerate(prompts):
+        scheduler.add_group(index, prompt, 1, lengths[index])
+    while scheduler.has_work():
+        admitted = scheduler.admit()
+        if admitted:
+            preempted += sum(len(s) > s.prompt_length for s in admitted)
+            scheduler.start(admitted)
+        steps = 1 if admitted else scheduler.grow(window)
+        for sequence in admitted or list(scheduler.running):
+            room = sequence.max_length - len(sequence)
+            sequence.token_ids += [7] * min(room, steps)
+            if room <= steps:
+                assert sequence.prompt_index not in finished
+                finished[sequence.prompt_index] = sequence.completion
+                scheduler.finish(sequence)
+    assert [len(finished[i]) for i in range(len(prompts))] == lengths
+    assert preempted > 20 and allocator.num_free == allocator.num_blocks
+    scheduler.check_invariants()
