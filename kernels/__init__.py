@@ -1,9 +1,11 @@
 """Tensors in, tensors out: the operations that make GRPO fit and run fast. Needs torch and triton, nothing else."""
 
+from .decode_rows import advance_rows
+from .kv_store import store_kv
 from .linear_logprob import LogprobOutput, fused_linear_logprob
 from .lora_linear import lora_linear, lora_linear_stacked
 from .matmul_4bit import matmul_4bit
-from .paged_attention import paged_attention, store_kv
+from .paged_attention import append_attention, paged_attention
 from .quantization import QuantizedWeight, dequantize_4bit, quantize_4bit
 <<<<<<< HEAD
 from .rms_norm import rms_norm
@@ -17,6 +19,8 @@ from .tree_attention import tree_attention, tree_plan
 __all__ = [
     "LogprobOutput",
     "QuantizedWeight",
+    "advance_rows",
+    "append_attention",
     "counter_uniform",
     "dequantize_4bit",
     "fused_linear_logprob",

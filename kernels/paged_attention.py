@@ -1,4 +1,4 @@
-"""Attention over a paged key-value cache: split-KV decode, chunked prefill, and the store into the cache.
+"""Attention over a paged key-value cache: split-KV decode, with or without the store of its keys, and prefill.
 
 For query position p of a sequence and head h, with g = h // (H / KVH) its key head,
 
@@ -13,29 +13,27 @@ head, split) reads each key and value once for all H / KVH query heads; a second
 order. So a sequence's result depends on neither its batch nor the width of the table. For C tokens of context
 it reads 2 C KVH D elements and does 4 C H D FLOPs. Its workspace is S H ceil(max_context / SPLIT) (D + 2)
 float32 values, held to ``WORKSPACE`` bytes by taking the sequences in chunks (of one at least).
+``append_attention`` is decode that brings the keys and values of the last tokens and stores them on the way: the
+program whose split ends a context writes them, and every program takes them from the argument.
 Prefill walks the pages of a sequence once per (query block, head); it needs no workspace.
 
 Scores, softmax and sums are float32 (float64 for float64 inputs, on the CPU only); probabilities are rounded
 to the dtype of the values before the second product. Inference only: the outputs carry no gradient.
 What unused slots hold never reaches a result, and table entries beyond a context may be anything.
-On the CPU, decode gathers ``CPU_CHUNK`` bytes of keys at a time, sequences of like length together.
 
 Papers: PagedAttention, arXiv 2309.06180; FlashAttention-2, arXiv 2307.08691; Flash-Decoding, Dao et al. 2023.
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from . import _runtime
+from .kv_store import check_addresses, check_caches, check_index, place
+from .paged_attention_cpu import append_attention_cpu, paged_attention_cpu
 
 SPLIT = 256  # tokens; fixed, so that the order of a row's additions is fixed
 WORKSPACE = 64 * 2**20  # bytes of decode workspace, unless one sequence needs more
-CPU_CHUNK = 2**20  # bytes of keys gathered at a time: keys, values and scores stay in a core's cache
-CPU_QUERIES = 1024  # query rows a call of torch's attention, which bounds its mask
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CPU_DTYPES = (*DTYPES, torch.float64)
 LOG2_E = 1.4426950408889634
 
 # Most bytes of a padded head row; decode (BLOCK_N, warps, stages); prefill (BLOCK_M, BLOCK_N, warps, stages).
@@ -46,15 +44,6 @@ CONFIGS = (
     (512, (32, 4, 2), (64, 32, 4, 1)),
     (1024, (16, 4, 2), (32, 16, 4, 1)),
 )
-
-
-def store_kv_ref(k, v, k_cache, v_cache, slot_mapping):
-    """Specification of :func:`store_kv`, in place."""
-    kept = slot_mapping >= 0
-    slots = slot_mapping[kept]
-    block_size = k_cache.shape[1]
-    k_cache[slots // block_size, slots % block_size] = k[kept]
-    v_cache[slots // block_size, slots % block_size] = v[kept]
 
 
 def paged_attention_ref(q, k_cache, v_cache, block_table, context_lens, *, cu_seqlens_q=None, scale=None):
@@ -78,45 +67,26 @@ def paged_attention_ref(q, k_cache, v_cache, block_table, context_lens, *, cu_se
 
 
 @triton.jit
-def _store_kv_kernel(
-    k, v, k_cache, v_cache, slot_mapping,
-    k_token, k_head, v_token, v_head,
-    k_cache_block, k_cache_token, k_cache_head, v_cache_block, v_cache_token, v_cache_head,
-    ROW: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slot_mapping + token)
-    if slot < 0:
-        return
-    block, offset = slot // PAGE, slot % PAGE
-    column = tl.arange(0, BLOCK)
-    inside = column < ROW
-    head, d = column // D, column % D
-    key = tl.load(k + token * k_token + head * k_head + d, mask=inside)
-    value = tl.load(v + token * v_token + head * v_head + d, mask=inside)
-    k_row = k_cache + block * k_cache_block + offset * k_cache_token
-    v_row = v_cache + block * v_cache_block + offset * v_cache_token
-    tl.store(k_row + head * k_cache_head + d, key, mask=inside)
-    tl.store(v_row + head * v_cache_head + d, value, mask=inside)
-
-
-@triton.jit
 def _attend(
-    q, m, l, acc, position, n, context, k_cache, v_cache, table, scale_log2,
+    q, m, l, acc, position, n, context, k_cache, v_cache, table, k_last, v_last, scale_log2,
     k_block, k_token, v_block, v_token, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys ``n`` for query rows at ``position``: the online softmax's step, in base 2."""
     d = tl.arange(0, BLOCK_D)
     present = n < context
-    block = tl.load(table + n // PAGE, mask=present, other=0).to(tl.int64)
+    stored = present if k_last is None else n < context - 1
+    block = tl.load(table + n // PAGE, mask=stored, other=0).to(tl.int64)
     # Absent keys and values load as zeros: what an unused slot holds must not reach a product.
-    mask = present[:, None] & (d < D)[None, :]
+    mask = stored[:, None] & (d < D)[None, :]
     key = tl.load(
         k_cache + (block * k_block + n % PAGE * k_token)[:, None] + d[None, :], mask=mask, other=0.0
     )
     value = tl.load(
         v_cache + (block * v_block + n % PAGE * v_token)[:, None] + d[None, :], mask=mask, other=0.0
     )
+    if k_last is not None:
+        key = tl.where(n[:, None] == context - 1, k_last[None, :], key)
+        value = tl.where(n[:, None] == context - 1, v_last[None, :], value)
     scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale_log2
     visible = present[None, :] & (n[None, :] <= position[:, None])
     scores = tl.where(visible, scores, float("-inf"))
@@ -130,16 +100,19 @@ def _attend(
 
 @triton.jit
 def _decode_kernel(
-    q, k_cache, v_cache, block_table, context_lens, partial, maxima, sums, scale_log2, splits, table_row,
-    q_token, q_head, k_block, k_token, k_head, v_block, v_token, v_head,
-    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
+    q, k, v, k_cache, v_cache, block_table, context_lens, addresses, out, partial, maxima, sums, scale_log2, splits,
+    table_row, q_token, q_head, new_k_token, new_k_head, new_v_token, new_v_head, out_token, out_head,
+    k_block, k_token, k_head, v_block, v_token, v_head,
+    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, MERGE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     context = tl.load(context_lens + sequence)
+    k_cache, v_cache = place(k_cache, addresses, 0), place(v_cache, addresses, 1)
     start = split * SPLIT
-    if start >= context:
-        return
+    if MERGE:
+        if start >= context:
+            return
     row, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     head = kv_head * GROUP + row
     inside = (row < GROUP)[:, None] & (d < D)[None, :]
@@ -148,16 +121,34 @@ def _decode_kernel(
     l = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     position = tl.zeros([BLOCK_G], tl.int32) + (context - 1)
+    k_cache, v_cache, table = (
+        k_cache + kv_head * k_head,
+        v_cache + kv_head * v_head,
+        block_table + sequence * table_row,
+    )
+    k_last, v_last = None, None
+    if k is not None:
+        k_last = tl.load(k + sequence * new_k_token + kv_head * new_k_head + d, mask=d < D, other=0.0)
+        v_last = tl.load(v + sequence * new_v_token + kv_head * new_v_head + d, mask=d < D, other=0.0)
+        last = context - 1
+        if (last >= start) & (last < start + SPLIT):
+            block = tl.load(table + last // PAGE).to(tl.int64)
+            tl.store(k_cache + block * k_block + last % PAGE * k_token + d, k_last, mask=d < D)
+            tl.store(v_cache + block * v_block + last % PAGE * v_token + d, v_last, mask=d < D)
     for first in range(start, tl.minimum(start + SPLIT, context), BLOCK_N):
         m, l, acc = _attend(
             queries, m, l, acc, position, first + tl.arange(0, BLOCK_N), context,
-            k_cache + kv_head * k_head, v_cache + kv_head * v_head, block_table + sequence * table_row,
-            scale_log2, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D,
+            k_cache, v_cache, table, k_last, v_last, scale_log2, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D,
         )  # fmt: skip
-    slot = (sequence * tl.num_programs(1) * GROUP + head) * splits + split
-    tl.store(maxima + slot, m, mask=row < GROUP)
-    tl.store(sums + slot, l, mask=row < GROUP)
-    tl.store(partial + slot[:, None] * D + d[None, :], acc, mask=inside)
+    if MERGE:
+        slot = (sequence * tl.num_programs(1) * GROUP + head) * splits + split
+        tl.store(maxima + slot, m, mask=row < GROUP)
+        tl.store(sums + slot, l, mask=row < GROUP)
+        tl.store(partial + slot[:, None] * D + d[None, :], acc, mask=inside)
+    else:  # one split is the whole context: what the merge of it would give, bit for bit
+        result = acc / tl.where(l > 0, l, 1.0)[:, None]
+        to = out + sequence * out_token + head[:, None] * out_head + d[None, :]
+        tl.store(to, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -183,7 +174,7 @@ def _merge_kernel(
 
 @triton.jit
 def _prefill_kernel(
-    q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, out, scale_log2, sequences, table_row,
+    q, k_cache, v_cache, block_table, context_lens, addresses, cu_seqlens_q, out, scale_log2, sequences, table_row,
     q_token, q_head, out_token, out_head, k_block, k_token, k_head, v_block, v_token, v_head,
     GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -203,6 +194,7 @@ def _prefill_kernel(
     if first_row >= end - begin:
         return
     sequence, context = low.to(tl.int64), tl.load(context_lens + low)
+    k_cache, v_cache = place(k_cache, addresses, 0), place(v_cache, addresses, 1)
     row, d = first_row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     position = context - (end - begin) + row
     token = (begin + row).to(tl.int64)
@@ -215,7 +207,7 @@ def _prefill_kernel(
         m, l, acc = _attend(
             queries, m, l, acc, position, first + tl.arange(0, BLOCK_N), context,
             k_cache + head // GROUP * k_head, v_cache + head // GROUP * v_head,
-            block_table + sequence * table_row, scale_log2,
+            block_table + sequence * table_row, None, None, scale_log2,
             k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D,
         )  # fmt: skip
     result = acc / tl.where(l > 0, l, 1.0)[:, None]
@@ -223,209 +215,144 @@ def _prefill_kernel(
     tl.store(to, result.to(out.dtype.element_ty), mask=inside)
 
 
-def _store_kv_triton(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
-    tokens, kv_heads, dim = k.shape
-    if tokens == 0:
-        return
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    with _runtime.launch_on(k):
-        _store_kv_kernel[(tokens,)](
-            k, v, k_cache, v_cache, slot_mapping.contiguous(), *k.stride()[:2], *v.stride()[:2],
-            *k_cache.stride()[:3], *v_cache.stride()[:3],
-            ROW=kv_heads * dim, D=dim, PAGE=k_cache.shape[1], BLOCK=triton.next_power_of_2(kv_heads * dim),
-            num_warps=4,
-        )  # fmt: skip
+def _head_tiles(q):
+    """Padded head dimension and the (decode, prefill) tiles of CONFIGS for queries like ``q``."""
+    block_d = max(16, triton.next_power_of_2(q.shape[2]))
+    return block_d, *next(tiles for most, *tiles in CONFIGS if block_d * q.element_size() <= most)
+
+
+def _contiguous_rows(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _paged_attention_triton(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    context_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, scale: float,
+    context_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, scale: float, addresses: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    make = torch.empty if cu_seqlens_q is None else torch.zeros
-    out = make(q.shape, dtype=q.dtype, device=q.device)
+    if cu_seqlens_q is None:
+        return _decode_triton(q, None, None, k_cache, v_cache, block_table, context_lens, scale, addresses)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     if len(q) == 0:
         return out
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    table, lens = block_table.contiguous(), context_lens.contiguous()
+    q, table, lens = _contiguous_rows(q), block_table.contiguous(), context_lens.contiguous()
     (tokens, heads, dim), (page, kv_heads) = q.shape, k_cache.shape[1:3]
-    block_d = max(16, triton.next_power_of_2(dim))
-    decode, prefill = next(tiles for most, *tiles in CONFIGS if block_d * q.element_size() <= most)
-    cache_strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
-    shape = {"GROUP": heads // kv_heads, "D": dim, "PAGE": page, "BLOCK_D": block_d}
-    if cu_seqlens_q is not None:
-        block_m, block_n, warps, stages = prefill
-        with _runtime.launch_on(q):
-            _prefill_kernel[(triton.cdiv(tokens, block_m) + len(lens), heads)](
-                q, k_cache, v_cache, table, lens, cu_seqlens_q.contiguous(), out, scale * LOG2_E, len(lens),
-                table.stride(0), *q.stride()[:2], *out.stride()[:2], *cache_strides, **shape,
-                BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
-            )  # fmt: skip
+    block_d, _, (block_m, block_n, warps, stages) = _head_tiles(q)
+    with _runtime.launch_on(q):
+        _prefill_kernel[(triton.cdiv(tokens, block_m) + len(lens), heads)](
+            q, k_cache, v_cache, table, lens, addresses, cu_seqlens_q.contiguous(), out, scale * LOG2_E,
+            len(lens), table.stride(0), *q.stride()[:2], *out.stride()[:2], *k_cache.stride()[:3],
+            *v_cache.stride()[:3], GROUP=heads // kv_heads, D=dim, PAGE=page, BLOCK_D=block_d,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return out
+
+
+def _append_attention_triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    block_table: torch.Tensor, context_lens: torch.Tensor, scale: float, addresses: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    return _decode_triton(q, k, v, k_cache, v_cache, block_table, context_lens, scale, addresses)
+
+
+def _decode_triton(q, k, v, k_cache, v_cache, block_table, context_lens, scale, addresses):
+    """Decode; with ``k`` and ``v`` these are stored as the last of each context, else they stand there already."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if len(q) == 0:
         return out
-    block_n, warps, stages = decode
+    q, table, lens = _contiguous_rows(q), block_table.contiguous(), context_lens.contiguous()
+    (tokens, heads, dim), (page, kv_heads) = q.shape, k_cache.shape[1:3]
+    block_d, (block_n, warps, stages), _ = _head_tiles(q)
+    k_strides = v_strides = (0, 0)
+    if k is not None:
+        k, v = _contiguous_rows(k), _contiguous_rows(v)
+        k_strides, v_strides = k.stride()[:2], v.stride()[:2]
     splits = max(1, triton.cdiv(table.shape[1] * page, SPLIT))
-    chunk = min(tokens, max(1, WORKSPACE // (4 * heads * splits * (dim + 2))))
-    partial = torch.empty(chunk * heads * splits * dim, dtype=torch.float32, device=q.device)
-    maxima, sums = torch.empty(2, chunk * heads * splits, dtype=torch.float32, device=q.device)
+    chunk = tokens if splits == 1 else min(tokens, max(1, WORKSPACE // (4 * heads * splits * (dim + 2))))
+    values = 0 if splits == 1 else chunk * heads * splits
+    partial = torch.empty(values * dim, dtype=torch.float32, device=q.device)
+    maxima, sums = torch.empty(2, values, dtype=torch.float32, device=q.device)
     for start in range(0, tokens, chunk):
         rows = slice(start, min(start + chunk, tokens))
+        new = (None, None) if k is None else (k[rows], v[rows])
         with _runtime.launch_on(q):
             _decode_kernel[(rows.stop - start, kv_heads, splits)](
-                q[rows], k_cache, v_cache, table[rows], lens[rows], partial, maxima, sums, scale * LOG2_E, splits,
-                table.stride(0), *q.stride()[:2], *cache_strides, **shape, SPLIT=SPLIT,
-                BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK_N=block_n,
+                q[rows], *new, k_cache, v_cache, table[rows], lens[rows], addresses, out[rows], partial, maxima,
+                sums, scale * LOG2_E, splits, table.stride(0), *q.stride()[:2], *k_strides, *v_strides,
+                *out.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+                GROUP=heads // kv_heads, D=dim, PAGE=page, BLOCK_D=block_d, SPLIT=SPLIT, MERGE=splits > 1,
+                BLOCK_N=block_n, BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
                 num_warps=warps, num_stages=stages,
             )  # fmt: skip
-            _merge_kernel[(rows.stop - start, heads)](
-                partial, maxima, sums, lens[rows], out[rows], splits, *out.stride()[:2],
-                D=dim, SPLIT=SPLIT, BLOCK_D=block_d, num_warps=1,
-            )  # fmt: skip
+            if splits > 1:
+                _merge_kernel[(rows.stop - start, heads)](
+                    partial, maxima, sums, lens[rows], out[rows], splits, *out.stride()[:2],
+                    D=dim, SPLIT=SPLIT, BLOCK_D=block_d, num_warps=1,
+                )  # fmt: skip
     return out
 
 
-@torch.no_grad()
-def _store_kv_torch(k, v, k_cache, v_cache, slot_mapping):
-    if len(slot_mapping) and slot_mapping.min() < 0:
-        kept = slot_mapping >= 0
-        k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
-    block, offset = slot_mapping // k_cache.shape[1], slot_mapping % k_cache.shape[1]
-    k_cache.index_put_((block, offset), k)
-    v_cache.index_put_((block, offset), v)
-
-
-def _sdpa(q, k, v, visible, causal, scale):
-    """torch's attention; float32 in float64, where the order of sums no longer shows in the rounded result."""
-    wide = torch.float64 if q.dtype == torch.float32 else q.dtype
-    attended = F.scaled_dot_product_attention(
-        q.to(wide), k.to(wide), v.to(wide), visible, is_causal=causal, scale=scale, enable_gqa=True
-    )
-    return attended.to(q.dtype)
-
-
-@torch.no_grad()
-def _paged_attention_torch(q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale):
-    if cu_seqlens_q is None:
-        return _decode_torch(q, k_cache, v_cache, block_table, context_lens, scale)
-    out = torch.zeros(q.shape, dtype=q.dtype)
-    bounds = cu_seqlens_q.tolist()
-    for i, context in enumerate(context_lens.tolist()):
-        begin, end = bounds[i], bounds[i + 1]
-        if context == 0 or begin == end:
-            continue
-        pages = block_table[i, : triton.cdiv(context, k_cache.shape[1])]
-        k, v = (cache.index_select(0, pages).flatten(0, 1).transpose(0, 1) for cache in (k_cache, v_cache))
-        for start in range(begin, end, CPU_QUERIES):
-            stop = min(start + CPU_QUERIES, end)
-            seen, rows = context - end + stop, stop - start
-            # torch's causal mask starts at the first key, so a chunk behind a prefix brings its own.
-            behind = 1 < rows < seen
-            visible = torch.ones(rows, seen, dtype=torch.bool).tril_(seen - rows) if behind else None
-            queries = q[start:stop].transpose(0, 1)[None]
-            keys, values = k[None, :, :seen], v[None, :, :seen]
-            attended = _sdpa(queries, keys, values, visible, rows == seen, scale)
-            out[start:stop] = attended[0].transpose(0, 1)
-    return out
-
-
-def _decode_torch(q, k_cache, v_cache, block_table, context_lens, scale):
-    page, kv_heads, dim = k_cache.shape[1:]
-    out = torch.zeros(q.shape, dtype=q.dtype)
-    lens, order = context_lens.sort()  # neighbours in length are gathered together: little padding
-    host_lens, token_bytes = lens.tolist(), kv_heads * dim * k_cache.element_size()
-    empty, end = host_lens.count(0), len(host_lens)
-    while end > empty:
-        longest = host_lens[end - 1]
-        pages = triton.cdiv(longest, page)
-        begin = max(empty, end - max(1, CPU_CHUNK // (pages * page * token_bytes)))
-        rows, shortest, visible = order[begin:end], host_lens[begin], None
-        blocks = block_table[rows, :pages]
-        if shortest < longest:
-            visible = torch.arange(pages * page) < lens[begin:end, None]
-            blocks = blocks.where(visible[:, ::page], 0)
-        k, v = (
-            cache.index_select(0, blocks.flatten()).view(end - begin, -1, kv_heads, dim)[:, :longest]
-            for cache in (k_cache, v_cache)
-        )
-        if visible is not None:
-            for x in (k, v):
-                x[:, shortest:].masked_fill_(~visible[:, shortest:longest, None, None], 0)
-            visible = visible[:, None, None, :longest]
-        queries, keys, values = q[rows].unflatten(1, (kv_heads, -1)), k.transpose(1, 2), v.transpose(1, 2)
-        attended = _sdpa(queries, keys, values, visible, False, scale)
-        out[rows] = attended.flatten(1, 2)
-        end = begin
-    return out
-
-
-_store_kv = torch.library.custom_op(
-    f"{_runtime.LIB}::store_kv", _store_kv_triton, mutates_args=("k_cache", "v_cache"), device_types="cuda"
-)
-_store_kv.register_kernel("cpu")(_store_kv_triton if _runtime.INTERPRET else _store_kv_torch)
-_store_kv.register_fake(lambda k, v, k_cache, v_cache, slot_mapping: None)
 _paged_attention = _runtime.register(
     "paged_attention",
     triton_impl=_paged_attention_triton,
-    torch_impl=_paged_attention_torch,
+    torch_impl=paged_attention_cpu,
     fake=lambda q, *others: torch.empty(q.shape, dtype=q.dtype, device=q.device),
 )
+_append_attention = torch.library.custom_op(
+    f"{_runtime.LIB}::append_attention",
+    _append_attention_triton,
+    mutates_args=("k_cache", "v_cache"),
+    device_types="cuda",
+)
+_append_attention.register_kernel("cpu")(
+    _append_attention_triton if _runtime.INTERPRET else append_attention_cpu
+)
+_append_attention.register_fake(lambda q, *others: torch.empty(q.shape, dtype=q.dtype, device=q.device))
 
 
-# The checks below make their messages on failure only: a decode step comes here twice a layer.
-def _check_caches(x, k_cache, v_cache):
-    """``x`` (T, heads, D) and the two caches must agree in head dimension, dtype and device."""
-    page = k_cache.shape[1] if k_cache.ndim == 4 else 0
-    if page < 16 or page & (page - 1) or v_cache.shape != k_cache.shape:
+def _check(q, k_cache, v_cache, block_table, context_lens, addresses, one_query):
+    check_caches(q, k_cache, v_cache)
+    (tokens, heads, _), kv_heads, sequences = q.shape, k_cache.shape[2], len(block_table)
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"key heads must divide query heads, got {kv_heads}, {heads}")
+    check_index("block_table", block_table, (sequences, block_table.shape[-1]), torch.int32, q.device)
+    check_index("context_lens", context_lens, (sequences,), torch.int32, q.device)
+    check_addresses(addresses, q.device)
+    if one_query and tokens != sequences:
         raise ValueError(
-            "expected caches of one shape (num_blocks, block_size, KVH, D), block_size a power of two >= 16, "
-            f"got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
-        )
-    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
-        raise ValueError(
-            f"expected caches contiguous in D, got strides {k_cache.stride()} and {v_cache.stride()}"
-        )
-    dim, dtype, device = k_cache.shape[3], x.dtype, x.device
-    if x.ndim != 3 or x.shape[2] != dim or not 1 <= dim <= 256:
-        raise ValueError(
-            f"expected (T, heads, D), D = {dim} of the caches, at most 256, got {tuple(x.shape)}"
-        )
-    allowed = CPU_DTYPES if device.type == "cpu" else DTYPES
-    if dtype not in allowed or k_cache.dtype != dtype or v_cache.dtype != dtype:
-        raise ValueError(
-            f"expected one floating dtype, got {dtype} and caches of {k_cache.dtype}, {v_cache.dtype}"
-        )
-    if k_cache.device != device or v_cache.device != device:
-        raise ValueError(
-            f"expected one device, got {device} and caches on {k_cache.device}, {v_cache.device}"
+            f"without cu_seqlens_q expected one query a sequence, got {tokens} for {sequences} sequences"
         )
 
 
-def _check_index(name, index, shape, dtype, device):
-    if index.shape != shape or index.dtype != dtype or index.device != device:
-        got = f"{tuple(index.shape)} {index.dtype} on {index.device}"
-        raise ValueError(f"{name} must be {shape} {dtype} on {device}, got {got}")
+def append_attention(q, k, v, k_cache, v_cache, block_table, context_lens, *, scale=None, addresses=None):
+    """Store the key and value of one new token a sequence, and let its query attend to the whole context.
 
-
-def store_kv(k, v, k_cache, v_cache, slot_mapping):
-    """Write the keys and values of T tokens into the paged cache, in place.
+    The same, bit for bit, as ``store_kv`` into the last slot of each context followed by ``paged_attention``, in
+    one pass. No gradient.
 
     Args:
-        k, v: (T, KVH, D), the dtype of the caches.
-        k_cache, v_cache: (num_blocks, block_size, KVH, D); block_size a power of two >= 16. Written.
-        slot_mapping: (T,) int64, slot = block * block_size + offset; -1 skips the token. Slots must differ.
+        q: (S, H, D); k, v: (S, KVH, D), of its dtype: the last token of each sequence.
+        k_cache, v_cache, block_table, context_lens, scale, addresses: as in ``paged_attention``; the context counts
+            the new token, and a context of 0 stores nothing. Last slots must differ. The caches are written.
+
+    Returns:
+        (S, H, D) in the dtype of q.
 
     Raises:
-        ValueError: a shape, dtype, device or block size is not as above.
+        ValueError: a shape, dtype, device, head count or block size is not as above.
     """
-    _check_caches(k, k_cache, v_cache)
-    if k.shape != v.shape or k.dtype != v.dtype or k.device != v.device or k.shape[1] != k_cache.shape[2]:
-        shape = f"(T, {k_cache.shape[2]}, {k_cache.shape[3]})"
-        raise ValueError(f"k and v must be {shape}, alike, got {tuple(k.shape)} and {tuple(v.shape)}")
-    _check_index("slot_mapping", slot_mapping, (len(k),), torch.int64, k.device)
-    _store_kv(k, v, k_cache, v_cache, slot_mapping)
+    _check(q, k_cache, v_cache, block_table, context_lens, addresses, True)
+    expected = (len(q), *k_cache.shape[2:])
+    if k.shape != expected or v.shape != expected or not k.dtype == v.dtype == q.dtype:
+        raise ValueError(
+            f"k and v must be {expected} {q.dtype}, got {tuple(k.shape)} {k.dtype} and {tuple(v.shape)} {v.dtype}"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _append_attention(q, k, v, k_cache, v_cache, block_table, context_lens, scale, addresses)
 
 
-def paged_attention(q, k_cache, v_cache, block_table, context_lens, *, cu_seqlens_q=None, scale=None):
+def paged_attention(
+    q, k_cache, v_cache, block_table, context_lens, *, cu_seqlens_q=None, scale=None, addresses=None
+):
     """Causal attention of the last tokens of S sequences over their cached keys and values. No gradient.
 
     Args:
@@ -436,6 +363,8 @@ def paged_attention(q, k_cache, v_cache, block_table, context_lens, *, cu_seqlen
             sequence's number of queries to max_blocks * block_size, or 0, which gives zeros.
         cu_seqlens_q: (S + 1,) int32 bounds of each sequence's queries in q; None is one query a sequence.
         scale: factor of the scores, 1 / sqrt(D) by default.
+        addresses: (2,) int64, where the caches begin when the kernels run, a multiple of 16 bytes; None: where they
+            are now. For CUDA graphs whose caches move.
 
     Returns:
         (T, H, D) in the dtype of q; rows at or beyond cu_seqlens_q[-1] are zero.
@@ -443,17 +372,8 @@ def paged_attention(q, k_cache, v_cache, block_table, context_lens, *, cu_seqlen
     Raises:
         ValueError: a shape, dtype, device, head count or block size is not as above.
     """
-    _check_caches(q, k_cache, v_cache)
-    (tokens, heads, dim), kv_heads, sequences = q.shape, k_cache.shape[2], len(block_table)
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"key heads must divide query heads, got {kv_heads}, {heads}")
-    _check_index("block_table", block_table, (sequences, block_table.shape[-1]), torch.int32, q.device)
-    _check_index("context_lens", context_lens, (sequences,), torch.int32, q.device)
+    _check(q, k_cache, v_cache, block_table, context_lens, addresses, cu_seqlens_q is None)
     if cu_seqlens_q is not None:
-        _check_index("cu_seqlens_q", cu_seqlens_q, (sequences + 1,), torch.int32, q.device)
-    elif tokens != sequences:
-        raise ValueError(
-            f"without cu_seqlens_q expected one query a sequence, got {tokens} for {sequences} sequences"
-        )
-    scale = dim**-0.5 if scale is None else scale
-    return _paged_attention(q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale)
+        check_index("cu_seqlens_q", cu_seqlens_q, (len(block_table) + 1,), torch.int32, q.device)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _paged_attention(q, k_cache, v_cache, block_table, context_lens, cu_seqlens_q, scale, addresses)

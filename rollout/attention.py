@@ -4,7 +4,15 @@ The transformer calls ``attend(layer, q, k, v)`` and knows nothing else about at
 serve every phase. Shapes: q (T, H, D); k, v (T, KVH, D); the result (T, H, D).
 """
 
+<<<<<<< HEAD
 from ..kernels import paged_attention, store_kv, tree_attention, tree_plan
+=======
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from ..kernels import append_attention, paged_attention, store_kv
+>>>>>>> wip/sampler
 
 
 class TreeAttention:
@@ -33,18 +41,25 @@ class PagedAttention:
 
     def __init__(self, cache, slot_mapping, source, block_table, context_lens, cu_seqlens_q=None):
         """cache: a ``KVCache``; slot_mapping (L,) int64: where keys and values go, and source (L,) int64: the token
-        that they come from; block_table (S, blocks) and context_lens (S,) int32; cu_seqlens_q (S+1,) int32 for
-        prefill, None when every sequence brings one token (decode)."""
+        that they come from, None for the first L tokens in order; block_table (S, blocks) and context_lens (S,)
+        int32; cu_seqlens_q (S+1,) int32 for prefill, None when every sequence brings one token (decode). In decode
+        slot_mapping may be None: each token goes where its own context ends."""
         self.cache = cache
         self.slot_mapping = slot_mapping
-        self.source = source
+        self.source = source if source is not None or slot_mapping is None else slice(len(slot_mapping))
         self.block_table = block_table
         self.context_lens = context_lens
         self.cu_seqlens_q = cu_seqlens_q
 
     def __call__(self, layer, q, k, v):
         k_cache, v_cache = self.cache.layer(layer)
-        store_kv(k[self.source], v[self.source], k_cache, v_cache, self.slot_mapping)
+        addresses = None if self.cache.addresses is None else self.cache.addresses[layer]
+        if self.slot_mapping is None:
+            return append_attention(
+                q, k, v, k_cache, v_cache, self.block_table, self.context_lens, addresses=addresses
+            )
+        store_kv(k[self.source], v[self.source], k_cache, v_cache, self.slot_mapping, addresses=addresses)
         return paged_attention(
-            q, k_cache, v_cache, self.block_table, self.context_lens, cu_seqlens_q=self.cu_seqlens_q
-        )
+            q, k_cache, v_cache, self.block_table, self.context_lens,
+            cu_seqlens_q=self.cu_seqlens_q, addresses=addresses,
+        )  # fmt: skip

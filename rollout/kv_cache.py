@@ -81,13 +81,25 @@ class BlockAllocator:
 
 
 class KVCache:
-    """Keys and values of all layers in one tensor (layers, 2, num_blocks, block_size, KV heads, head_dim)."""
+    """Keys and values of all layers in one tensor (num_blocks, layers, 2, block_size, KV heads, head_dim).
 
-    def __init__(self, config, num_blocks, block_size, *, device, dtype):
+    Strides do not depend on num_blocks, and a block of all layers is one piece of memory. On a GPU ``addresses``
+    (layers, 2) int64 holds where the keys and the values of each layer begin: kernels that were captured in a CUDA
+    graph read it when they run, so a graph serves a later cache of other size and place, given the same
+    ``addresses``.
+    """
+
+    def __init__(self, config, num_blocks, block_size, *, device, dtype, addresses=None):
         self.block_size = block_size
         self.num_blocks = num_blocks
-        shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        self.data = torch.empty((config.num_hidden_layers, 2, *shape), device=device, dtype=dtype)
+        layers = config.num_hidden_layers
+        shape = (num_blocks, layers, 2, block_size, config.num_key_value_heads, config.head_dim)
+        self.data = torch.empty(shape, device=device, dtype=dtype)
+        self.addresses = addresses
+        if addresses is not None:
+            step = self.data.stride(2) * dtype.itemsize
+            starts = [self.data.data_ptr() + i * step for i in range(2 * layers)]
+            addresses.copy_(torch.tensor(starts).view(layers, 2))
 
     @staticmethod
     def bytes_per_block(config, block_size, dtype):
@@ -96,10 +108,10 @@ class KVCache:
 
     def layer(self, index):
         """(k_cache, v_cache) of one layer, each (num_blocks, block_size, KV heads, head_dim)."""
-        return self.data[index, 0], self.data[index, 1]
+        return self.data[:, index, 0], self.data[:, index, 1]
 
     def copy_blocks(self, pairs):
         """Copy whole blocks, all layers at once; pairs: (source, destination) block ids."""
         if pairs:
             source, destination = torch.tensor(pairs, device=self.data.device).unbind(1)
-            self.data[:, :, destination] = self.data[:, :, source]
+            self.data[destination] = self.data[source]

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from .attention import PagedAttention
+from .decoding import Decoder, mark_seen
 from .kv_cache import BlockAllocator, KVCache
 from .model import MIN_ROWS
-from .sampling import SamplingParams, counter_uniform, sample
+from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .streaming import TextStream
 
@@ -32,17 +34,30 @@ class Completion:
 class Sampler:
     """Generates on the live policy through a paged KV cache that exists only while it generates."""
 
-    def __init__(self, policy, *, max_batch=64, kv_memory=None, block_size=16):
+    def __init__(
+        self, policy, *, max_batch=64, kv_memory=None, block_size=16, window=None, cuda_graphs=True,
+        prefill_tokens=2048,
+    ):  # fmt: skip
         """max_batch: sequences that run at once; kv_memory: bytes for keys and values, None: what the call needs;
-        block_size: tokens a KV block, a power of two of at least 16."""
-        if max_batch < 1:
-            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        block_size: tokens a KV block, a power of two of at least 16; window: decode steps between two looks of the
+        host at what was drawn, None: 16 on a GPU and 1 on the CPU; cuda_graphs: capture decode steps on a GPU (kept
+        for later calls); prefill_tokens: most prompt tokens of one forward. None of them changes a completion."""
+        for name, value in {
+            "max_batch": max_batch,
+            "window": window,
+            "prefill_tokens": prefill_tokens,
+        }.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if block_size < 16 or block_size & (block_size - 1):
             raise ValueError(f"block_size must be a power of two of at least 16, got {block_size}")
         self.policy = policy
         self.max_batch = max_batch
         self.kv_memory = kv_memory
         self.block_size = block_size
+        self.window = window or (16 if policy.device.type == "cuda" else 1)
+        self.prefill_tokens = prefill_tokens
+        self.decoder = Decoder(policy, graphs=cuda_graphs)
 
     @torch.no_grad()
     def generate(self, prompts, params=None, *, group_size=1, on_text=None):
@@ -64,28 +79,29 @@ class Sampler:
         """
         params = params or SamplingParams()
         self._check(prompts, params, group_size)
+        self.decoder.draw.set(params, self._stop_ids(params))
         num_blocks = self._num_blocks(prompts, params, group_size)
-        device, dtype = self.policy.device, self.policy.dtype
-        cache = KVCache(self.policy.config, num_blocks, self.block_size, device=device, dtype=dtype)
+        cache = self.decoder.cache(num_blocks, self.block_size)
         scheduler = Scheduler(BlockAllocator(num_blocks), self.block_size, self.max_batch)
         for index, prompt in enumerate(prompts):
-            scheduler.add_group(index, prompt, group_size)
+            scheduler.add_group(index, prompt, group_size, params.max_tokens)
         results = [[None] * group_size for _ in prompts]
         streams = {}
         while scheduler.has_work():
             admitted = scheduler.admit()
-            if admitted:
-                sequences, logits, rows = self._prefill(cache, scheduler, admitted)
-            else:
-                scheduler.grow()
-                sequences = scheduler.running
-                logits, rows = self._decode(cache, sequences)
-            self._extend(sequences, logits, rows, params)
-            if on_text is not None:
-                self._stream(sequences, params, streams, on_text)
-            for sequence in [s for s in sequences if s.finish_reason]:
-                scheduler.finish(sequence)
-                results[sequence.prompt_index][sequence.group_index] = self._complete(sequence, params)
+            advance = (
+                self._prefill(cache, scheduler, admitted, params)
+                if admitted
+                else (self._decode(cache, scheduler))
+            )
+            for sequences, drawn in advance:
+                self._extend(sequences, drawn, params)
+                if on_text is not None:
+                    self._stream(sequences, params, streams, on_text)
+                for sequence in [s for s in sequences if s.finish_reason]:
+                    scheduler.finish(sequence)
+                    completion = self._complete(sequence, params)
+                    results[sequence.prompt_index][sequence.group_index] = completion
         return results
 
     def _stream(self, sequences, params, streams, on_text):
@@ -141,105 +157,123 @@ class Sampler:
             )
         return int(min(num_blocks, longest * rows))
 
-    def _prefill(self, cache, scheduler, admitted):
-        """Compute the uncached tokens of ``admitted`` and fork their groups: (sequences, logits, row of each)."""
-        ids, positions, slots, cu_seqlens = [], [], [], [0]
+    def _prefill(self, cache, scheduler, admitted, params):
+        """Compute the uncached tokens of ``admitted``, fork their groups and draw: yields (sequences, drawn)."""
+        for parts in self._parts(admitted):
+            hidden_states = self._forward(cache, parts)
+            leaders, rows = [], []
+            for row, (sequence, stop) in enumerate(parts):
+                sequence.num_cached = stop
+                if stop == len(sequence):
+                    leaders.append(sequence)
+                    rows.append(row)
+            for start in range(0, len(leaders), self.decoder.draw.most_rows):
+                some = slice(start, start + self.decoder.draw.most_rows)
+                yield self._draw_first(cache, scheduler, leaders[some], hidden_states[rows[some]], params)
+
+    def _parts(self, admitted):
+        """Lists of (sequence, stop): what one forward computes of each, ``prefill_tokens`` in all."""
+        parts, room = [], self.prefill_tokens
         for sequence in admitted:
-            new = range(sequence.num_cached, len(sequence))
-            ids += sequence.token_ids[sequence.num_cached :]
-            positions += new
-            slots += [self._slot(sequence, position) for position in new]
-            cu_seqlens.append(len(ids))
-        source = list(range(len(ids)))
-        logits = self._forward(cache, admitted, ids, positions, slots, source, cu_seqlens)
+            start, end = sequence.num_cached, len(sequence)  # it grows while the parts are computed
+            while start < end:
+                stop = min(end, start + room)
+                parts.append((sequence, stop))
+                room -= stop - start
+                start = stop
+                if room == 0:
+                    yield parts
+                    parts, room = [], self.prefill_tokens
+        if parts:
+            yield parts
+
+    def _draw_first(self, cache, scheduler, leaders, hidden_states, params):
+        """Fork the groups of ``leaders`` and draw a token for each member: (sequences, drawn)."""
         sequences, rows = [], []
-        for row, leader in enumerate(admitted):
-            leader.num_cached = len(leader)
+        for row, leader in enumerate(leaders):
             members, copies = scheduler.fork(leader)
             cache.copy_blocks(copies)
             sequences += members
             rows += [row] * len(members)
         scheduler.start(sequences)
-        return sequences, logits, rows
+        device, logits, seen = self.policy.device, self.policy.model.logits(hidden_states), None
+        if params.repetition_penalty != 1:
+            seen = torch.zeros(logits.shape, dtype=torch.bool, device=device)
+            mark_seen(seen, leaders)
+        members = [s.prompt_index for s in sequences], [s.group_index for s in sequences]
+        counts = [len(s) - s.prompt_length for s in sequences]
+        rows, *members, counts = torch.tensor([rows, *members, counts], device=device)
+        tokens, logprobs, kept = self.decoder.draw(logits, rows, members, counts, seen)
+        kept = torch.ones_like(logprobs) if kept is None else kept
+        return sequences, [x[None].cpu().numpy() for x in (tokens, logprobs, kept)]
 
-    def _decode(self, cache, sequences):
-        """Compute the last token of ``sequences``: (logits, row of each); equal sequences are computed once."""
-        distinct, rows = {}, []
-        for sequence in sequences:
-            rows.append(distinct.setdefault(tuple(sequence.token_ids), len(distinct)))
-            sequence.num_cached = len(sequence)
-        leaders = [sequences[rows.index(row)] for row in range(len(distinct))]
-        ids = [leader.token_ids[-1] for leader in leaders]
-        positions = [len(leader) - 1 for leader in leaders]
-        slots = [self._slot(sequence, len(sequence) - 1) for sequence in sequences]
-        return self._forward(cache, leaders, ids, positions, slots, rows, None), rows
+    def _decode(self, cache, scheduler):
+        """Let the running sequences draw until the next look: yields (sequences, drawn)."""
+        remaining = max(s.max_length - len(s) for s in scheduler.running)
+        steps = scheduler.grow(min(self.window, remaining))
+        sequences = list(scheduler.running)
+        yield sequences, self.decoder.run(cache, sequences, steps, window=self.window)
 
     def _slot(self, sequence, position):
         return (
             sequence.block_table[position // self.block_size] * self.block_size + position % self.block_size
         )
 
-    def _forward(self, cache, sequences, ids, positions, slots, source, cu_seqlens):
-        """Float32 logits (S, V) after the last token of each sequence; ``source`` is the token of each slot."""
+    def _forward(self, cache, parts):
+        """Hidden states (S, D) of the last token of each part: (sequence, stop), from its ``num_cached``."""
+        ids, positions, slots, lens, cu_seqlens = [], [], [], [], [0]
+        tables = [sequence.block_table for sequence, _ in parts]
+        for sequence, stop in parts:
+            new = range(sequence.num_cached, stop)
+            ids += sequence.token_ids[sequence.num_cached : stop]
+            positions += new
+            slots += [self._slot(sequence, position) for position in new]
+            lens.append(stop)
+            cu_seqlens.append(len(ids))
         device = self.policy.device
-        tables = [sequence.block_table for sequence in sequences]
-        context_lens = [len(sequence) for sequence in sequences]
-        if len(ids) < MIN_ROWS:  # padding: tokens that store nothing, of sequences that see nothing
+        if device.type == "cpu" and len(ids) < MIN_ROWS:  # padding: a sequence that sees and stores nothing
             padding = MIN_ROWS - len(ids)
             ids, positions = ids + [0] * padding, positions + [0] * padding
-            if cu_seqlens is None:
-                tables, context_lens = tables + [[]] * padding, context_lens + [0] * padding
-            else:
-                tables, context_lens, cu_seqlens = [*tables, []], [*context_lens, 0], [*cu_seqlens, len(ids)]
+            tables, lens, cu_seqlens = [*tables, []], [*lens, 0], [*cu_seqlens, len(ids)]
         width = max(map(len, tables))
         tables = [table + [0] * (width - len(table)) for table in tables]
         int32 = lambda values: torch.tensor(values, dtype=torch.int32, device=device)
         int64 = lambda values: torch.tensor(values, dtype=torch.int64, device=device)
-        borders = None if cu_seqlens is None else int32(cu_seqlens)
-        attend = PagedAttention(
-            cache, int64(slots), int64(source), int32(tables), int32(context_lens), borders
-        )
+        attend = PagedAttention(cache, int64(slots), None, int32(tables), int32(lens), int32(cu_seqlens))
         hidden_states = self.policy.model(int64(ids), int64(positions), attend)
-        last = slice(None) if borders is None else borders[1:].long() - 1
-        return self.policy.model.logits(hidden_states[last])[: len(sequences)]
+        return hidden_states[int64(cu_seqlens[1 : len(parts) + 1]) - 1]
 
-    def _extend(self, sequences, logits, rows, params):
-        """Draw the next token of every sequence from its row of logits and decide which of them it ends."""
-        stop_ids = self._stop_ids(params)
-        generated = [len(s) - s.prompt_length for s in sequences]
-        of_row = dict(zip(rows, sequences, strict=True))  # sequences of one row have the same tokens
-        leaders = [of_row[row] for row in range(len(logits))]
-        banned = None
-        if params.min_tokens and stop_ids:
-            early = [len(s) - s.prompt_length < params.min_tokens for s in leaders]
-            ends = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-            ends[list(stop_ids)] = True
-            banned = torch.tensor(early, device=logits.device)[:, None] & ends[None, :]
-        uniforms = counter_uniform(
-            params.seed, [s.prompt_index for s in sequences], [s.group_index for s in sequences], generated
-        )
-        histories = [s.token_ids for s in leaders] if params.repetition_penalty != 1 else None
-        rows = torch.tensor(rows, device=logits.device)
-        drawn = sample(logits, rows, torch.from_numpy(uniforms), params, histories=histories, banned=banned)
-        for sequence, token, logprob, kept in zip(sequences, *(x.tolist() for x in drawn), strict=True):
-            sequence.token_ids.append(token)
-            sequence.logprobs.append(logprob)
-            sequence.kept_mass.append(kept)
-            count = len(sequence) - sequence.prompt_length
-            if token in stop_ids or (
-                params.stop and count >= params.min_tokens and self._stopped(sequence, params)
-            ):
+    def _extend(self, sequences, drawn, params):
+        """Append what was drawn in some steps, each (steps, B), up to the end of each completion."""
+        tokens, logprobs, kept = drawn
+        ends = np.isin(tokens, self.decoder.draw.stop_ids)
+        until_end = np.where(ends.any(0), ends.argmax(0) + 1, len(tokens) + 1).tolist()
+        tokens, logprobs, kept = (x.T.tolist() for x in drawn)
+        for row, sequence in enumerate(sequences):
+            room = params.max_tokens - (len(sequence) - sequence.prompt_length)
+            stop = min(until_end[row], self._until_stop_string(sequence, tokens[row][:room], params))
+            count = min(stop, room, len(tokens[row]))
+            sequence.token_ids += tokens[row][:count]
+            sequence.logprobs += logprobs[row][:count]
+            sequence.kept_mass += kept[row][:count]
+            sequence.num_cached = len(sequence) - 1
+            if stop == count:
                 sequence.finish_reason = "stop"
-            elif count == params.max_tokens:
+            elif count == room:
                 sequence.finish_reason = "length"
+
+    def _until_stop_string(self, sequence, tokens, params):
+        """The number of ``tokens`` that completes a stop string; beyond them if none does."""
+        completion = sequence.completion
+        for count in range(1, len(tokens) + 1 if params.stop else 1):
+            text = self.policy.tokenizer.decode(completion + tokens[:count])
+            if len(completion) + count >= params.min_tokens and any(stop in text for stop in params.stop):
+                return count
+        return len(tokens) + 1
 
     def _stop_ids(self, params):
         ends = () if params.ignore_eos else self.policy.tokenizer.eos_token_ids
         return {*ends, *params.stop_token_ids}
-
-    def _stopped(self, sequence, params):
-        text = self.policy.tokenizer.decode(sequence.completion)
-        return any(stop in text for stop in params.stop)
 
     def _complete(self, sequence, params):
         text = self.policy.tokenizer.decode(sequence.completion)

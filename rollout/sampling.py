@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ..kernels import sample_tokens
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -64,7 +66,7 @@ def counter_uniform(seed, prompt_index, group_index, position):
     """Float64 uniforms in (0, 1) keyed by (seed, prompt, member of the group, position): arrays that broadcast.
 
     A draw depends on its key alone, so a completion does not depend on batch, order or preemption, and no two
-    members of a group share noise.
+    members of a group share noise. The specification of the noise; ``sample_tokens`` makes the same from its keys.
     """
     with np.errstate(over="ignore"):
         state = np.uint64(seed & int(_MASK))
@@ -75,21 +77,12 @@ def counter_uniform(seed, prompt_index, group_index, position):
         return ((_mix(state) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
-def adjust_logits(logits, params, histories):
-    """Repetition penalty (arXiv 1909.05858) over the tokens of ``histories`` (a list a row), then logit bias."""
+def adjust_logits(logits, params, *, seen=None, bias=None):
+    """Repetition penalty (arXiv 1909.05858) on the tokens ``seen`` (R, V) bool, then ``bias`` (V,) added."""
     if params.repetition_penalty != 1:
-        logits = logits.clone()
-        for row, history in zip(logits, histories, strict=True):
-            seen = torch.tensor(sorted(set(history)), device=logits.device)
-            values = row[seen]
-            row[seen] = values * torch.where(
-                values > 0, 1 / params.repetition_penalty, params.repetition_penalty
-            )
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=logits.device)
-        bias = torch.tensor(list(params.logit_bias.values()), device=logits.device, dtype=logits.dtype)
-        logits = logits.index_add(1, ids, bias.expand(logits.shape[0], -1))
-    return logits
+        factor = torch.where(logits > 0, 1 / params.repetition_penalty, params.repetition_penalty)
+        logits = torch.where(seen, logits * factor, logits)
+    return logits if bias is None else logits + bias
 
 
 def filter_logits(logits, params):
@@ -108,38 +101,38 @@ def filter_logits(logits, params):
     return logits
 
 
-def sample(logits, rows, uniforms, params, *, histories=None, banned=None):
+def sample(logits, rows, noise, params, *, seen=None, bias=None, banned=None):
     """Draw B tokens from R distributions by inverting the cumulative distribution.
+
+    It waits for nothing and its shapes are those of its inputs, so that a CUDA graph can hold it.
 
     Args:
         logits: (R, V) float32, as the model gives them.
         rows: (B,) int64, the row of logits that each draw is from.
-        uniforms: (B,) float64 in (0, 1), from ``counter_uniform``.
+        noise: (seed (1,), prompt index, group index, position), the latter (B,), all int64; or the uniforms (B,)
+            float64 that ``counter_uniform`` makes of them.
         params: ``SamplingParams``.
-        histories: the tokens so far of each of the R rows, for the repetition penalty.
+        seen: (R, V) bool, the tokens so far of each row, for the repetition penalty.
+        bias: (V,) float32, added to the logits (``logit_bias``), or None.
         banned: (R, V) bool, tokens that must not be drawn, or None.
 
     Returns:
         tokens (B,) int64; logprobs (B,) float32 of the unadjusted logits at the sampling temperature (1 if
-        greedy) over the full vocabulary; kept (B,) float32, the share of that distribution inside the filters.
+        greedy) over the full vocabulary; kept (B,) float32, the share of that distribution inside the filters, or
+        None where there are none.
     """
-    scaled = logits / params.temperature if params.temperature > 0 else logits
-    centred = scaled - scaled.amax(-1, keepdim=True)
-    weights = centred.exp()
-    log_total = weights.sum(-1, keepdim=True).log()
-    kept = torch.ones_like(log_total[:, 0])
-    choice = adjust_logits(logits, params, histories)
+    noise = {"uniforms" if isinstance(noise, torch.Tensor) else "keys": noise}
+    choice = adjust_logits(logits, params, seen=seen, bias=bias)
     if banned is not None:
         choice = choice.masked_fill(banned, -torch.inf)
-    if params.temperature == 0:
-        tokens = choice.argmax(-1)[rows]
+    if choice is logits and (params.temperature == 0 or not params.filters):
+        return *sample_tokens(logits, rows, params.temperature, **noise), None
+    logprobs = (logits / params.temperature if params.temperature > 0 else logits).log_softmax(-1)
+    kept = None
+    if params.filters and params.temperature > 0:
+        choice = filter_logits(choice / params.temperature, params)
+        kept = (logprobs.exp() * choice.isfinite()).sum(-1)[rows]
+        tokens, _ = sample_tokens(choice, rows, 1.0, **noise)
     else:
-        if params.filters or choice is not logits:
-            choice = filter_logits(choice / params.temperature, params)
-            if params.filters:
-                kept = (weights * choice.isfinite()).sum(-1) / weights.sum(-1)
-            weights = (choice - choice.amax(-1, keepdim=True)).exp()
-        cumulative = weights.cumsum(-1, dtype=torch.float64)[rows]
-        threshold = uniforms.to(logits.device)[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
-    return tokens, centred[rows, tokens] - log_total[rows, 0], kept[rows]
+        tokens, _ = sample_tokens(choice, rows, params.temperature, **noise)
+    return tokens, logprobs[rows, tokens], kept

@@ -20,6 +20,7 @@ class Sequence:
     group_index: int
     token_ids: list[int]
     prompt_length: int
+    max_length: int | None = None  # tokens, prompt included, at which the completion ends; None: not known
     logprobs: list[float] = field(default_factory=list)
     kept_mass: list[float] = field(default_factory=list)
     finish_reason: str | None = None
@@ -43,9 +44,10 @@ class Scheduler:
         self.waiting = deque()
         self.running = []
 
-    def add_group(self, prompt_index, prompt, group_size):
+    def add_group(self, prompt_index, prompt, group_size, max_tokens=None):
         """Queue a prompt for ``group_size`` completions; only its leader waits, members are forked from it."""
-        leader = Sequence(prompt_index, 0, list(prompt), len(prompt), unforked=group_size - 1)
+        max_length = None if max_tokens is None else len(prompt) + max_tokens
+        leader = Sequence(prompt_index, 0, list(prompt), len(prompt), max_length, unforked=group_size - 1)
         self.waiting.append(leader)
 
     def has_work(self):
@@ -99,8 +101,9 @@ class Scheduler:
         shared = leader.block_table[:-1] if partial else leader.block_table
         for offset in range(1, leader.unforked + 1):
             member = Sequence(
-                leader.prompt_index, leader.group_index + offset, list(leader.token_ids), leader.prompt_length
-            )
+                leader.prompt_index, leader.group_index + offset, list(leader.token_ids),
+                leader.prompt_length, leader.max_length,
+            )  # fmt: skip
             if (
                 partial and not self.allocator.num_free
             ):  # the rest of the group waits for a prefill of its own
@@ -118,14 +121,27 @@ class Scheduler:
     def start(self, sequences):
         self.running.extend(sequences)
 
-    def grow(self):
-        """Make room for the next token of every running sequence, preempting the youngest if need be."""
+    def grow(self, steps=1):
+        """Make room for ``steps`` more tokens of every running sequence, or for fewer; returns for how many.
+
+        Before anything is preempted ``steps`` is halved; if there is not even room for one, the youngest yield.
+        """
+        while steps > 1 and sum(self._missing(s, steps) for s in self.running) > self.allocator.num_free:
+            steps //= 2
         for sequence in list(self.running):
-            while sequence.block_table and len(sequence) > len(sequence.block_table) * self.block_size:
+            while sequence.block_table and self._missing(sequence, steps) > 0:
                 try:
                     sequence.block_table.append(self.allocator.allocate())
                 except OutOfBlocks:
                     self._preempt(for_group=sequence.prompt_index)
+        return steps
+
+    def _missing(self, sequence, steps):
+        """Blocks that ``sequence`` lacks to store its last token and ``steps`` - 1 more."""
+        stored = len(sequence) + steps - 1
+        if sequence.max_length is not None:  # the last token of a completion is never stored
+            stored = min(stored, max(len(sequence), sequence.max_length - 1))
+        return -(-stored // self.block_size) - len(sequence.block_table)
 
     def _preempt(self, for_group):
         """Take the blocks of the youngest group, or of its youngest member if it is the group that asks."""

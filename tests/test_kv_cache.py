@@ -99,9 +99,21 @@ def test_cache_tensors_and_copies():
     cache.data.copy_(torch.randn(cache.data.shape))
     before = cache.data.clone()
     k, v = cache.layer(1)
-    assert torch.equal(k, before[1, 0]) and torch.equal(v, before[1, 1])
-    assert k.data_ptr() == cache.data[1].data_ptr(), "a layer must be a view"
+    assert torch.equal(k, before[:, 1, 0]) and torch.equal(v, before[:, 1, 1])
+    assert k.data_ptr() == cache.data[:, 1].data_ptr(), "a layer must be a view"
     cache.copy_blocks([])
     assert torch.equal(cache.data, before)
     cache.copy_blocks([(0, 3), (0, 4), (1, 2)])
-    assert torch.equal(cache.data, before[:, :, [0, 1, 1, 0, 0]])
+    assert torch.equal(cache.data, before[[0, 1, 1, 0, 0]])
+
+
+def test_addresses_say_where_each_layer_begins_in_caches_of_any_size():
+    config, strides = small_config(), set()
+    addresses = torch.zeros(config.num_hidden_layers, 2, dtype=torch.int64)
+    for num_blocks in (3, 7):
+        cache = KVCache(config, num_blocks, 16, device="cpu", dtype=torch.float16, addresses=addresses)
+        for index, (k_address, v_address) in enumerate(addresses.tolist()):
+            k, v = cache.layer(index)
+            assert (k.data_ptr(), v.data_ptr()) == (k_address, v_address)
+            strides.add((k.stride(), v.stride()))
+    assert len(strides) == 1

@@ -10,10 +10,13 @@ import torch
 from cross_compile import assert_compiles, every_card
 from hypothesis import given
 from hypothesis import strategies as st
-from nanogrpo.kernels.paged_attention import paged_attention, paged_attention_ref, store_kv, store_kv_ref
+from nanogrpo.kernels import append_attention, store_kv
+from nanogrpo.kernels.kv_store import _store_kv_triton, store_kv_ref
+from nanogrpo.kernels.paged_attention import paged_attention, paged_attention_ref
 from numerics import EPS, assert_no_worse_than
 
 module = importlib.import_module("nanogrpo.kernels.paged_attention")  # the package exports its function
+cpu_module = importlib.import_module("nanogrpo.kernels.paged_attention_cpu")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
 # Half dtypes round the probabilities and the output once each; float32 scores of magnitude <= 8 round to 4 ulp.
@@ -71,6 +74,26 @@ def test_decode_matches_reference(batch):
     q, _ = queries([1] * len(contexts), kv_heads * group, dim, dtype=dtype, seed=seed + 1)
     out = assert_correct(q, *cache)
     assert (out[cache[3] == 0] == 0).all()
+
+
+@given(batches(), st.sampled_from([None, 0.3]))
+def test_appending_decode_equals_store_then_decode(batch, scale):
+    contexts, _, kv_heads, group, dim, page, dtype, seed = batch
+    *caches, table, lens = paged(contexts, kv_heads, dim, dtype=dtype, page=page, seed=seed)
+    q, _ = queries([1] * len(contexts), kv_heads * group, dim, dtype=dtype, seed=seed + 1)
+    generator = torch.Generator().manual_seed(seed + 2)
+    k, v = torch.randn(2, kv_heads, len(contexts), dim, generator=generator).to(dtype).transpose(1, 2)
+    last = lens.long() - 1
+    slots = [
+        int(row[i // page]) * page + i % page if i >= 0 else -1
+        for row, i in zip(table, last.tolist(), strict=True)
+    ]
+    stored, appended = [x.clone() for x in caches], [x.clone() for x in caches]
+    store_kv(k, v, *stored, torch.tensor(slots))
+    expected = assert_correct(q, *stored, table, lens, scale=scale)
+    ours = append_attention(q, k, v, *appended, table, lens, scale=scale)
+    for a, b in zip((ours, *appended), (expected, *stored), strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
 
 @given(batches(), st.sampled_from([None, 0.3]))
@@ -167,10 +190,47 @@ def test_cpu_chunks_change_nothing(chunks):
     contexts = [70, 0, 33, 64, 1, 16]
     cache = paged(contexts, 2, 16, dtype=torch.float32)
     counts = [40, 0, 33, 1, 1, 9]
-    with mock.patch.multiple(module, **chunks):
+    with mock.patch.multiple(cpu_module, **chunks):
         q, cu_seqlens = queries(counts, 4, 16, dtype=torch.float32)
         assert_correct(q, *cache, cu_seqlens_q=cu_seqlens)
         assert_correct(queries([1] * 6, 4, 16, dtype=torch.float32)[0], *cache)
+
+
+def test_one_split_needs_no_merge(device):
+    """A table of one split takes the short way; its result is the merged one, bit for bit."""
+    if device.type == "cpu" and not INTERPRET:
+        pytest.skip("the CPU path has no splits")
+    k_cache, v_cache, table, lens = paged(
+        [256, 3, 0, 130], 2, 16, dtype=torch.float32, spare=1, device=device
+    )
+    q, _ = queries([1] * 4, 6, 16, dtype=torch.float32, device=device)
+    merged = paged_attention(q, k_cache, v_cache, table, lens)
+    assert table.shape[1] == 17
+    assert torch.equal(paged_attention(q, k_cache, v_cache, table[:, :16], lens), merged)
+
+
+def test_caches_may_move(device):
+    """With ``addresses`` the kernels find the caches where these say, whatever the tensors point at."""
+    if device.type == "cpu" and not INTERPRET:
+        pytest.skip("the CPU path takes tensors as they are")
+    for spare in (0, 20):
+        k_cache, v_cache, table, lens = paged(
+            [40, 18], 2, 16, dtype=torch.float32, spare=spare, device=device
+        )
+        addresses = torch.tensor([k_cache.data_ptr(), v_cache.data_ptr()], device=device)
+        stale = torch.full_like(k_cache, torch.nan), torch.full_like(v_cache, torch.nan)
+        rows = torch.randn(2, 2, 16, device=device)
+        slots = table[:, 0].long() * 16 + 3
+        store_kv(rows, rows, *stale, slots, addresses=addresses)
+        assert torch.equal(k_cache.flatten(0, 1)[slots], rows) and stale[0].isnan().all()
+        short = torch.tensor([30, 0], dtype=torch.int32, device=device)
+        append_attention(rows, 2 * rows, rows, *stale, table, short, addresses=addresses)
+        assert torch.equal(k_cache[table[0, 1], 13], 2 * rows[0]) and stale[0].isnan().all()
+        q, cu_seqlens = queries([2, 3], 4, 16, dtype=torch.float32, device=device)
+        for some, bounds in ((q[:2], None), (q, cu_seqlens)):
+            expected = paged_attention(some, k_cache, v_cache, table, lens, cu_seqlens_q=bounds)
+            moved = paged_attention(some, *stale, table, lens, cu_seqlens_q=bounds, addresses=addresses)
+            assert torch.equal(moved, expected)
 
 
 def test_no_sequence_and_no_query(device):
@@ -238,11 +298,19 @@ GOOD = {
         ({"block_table": torch.zeros(2, dtype=torch.int32)}, "block_table must be"),
         ({"context_lens": torch.ones(3, dtype=torch.int32)}, r"context_lens must be \(2,\)"),
         ({"cu_seqlens_q": torch.zeros(2, dtype=torch.int32)}, r"cu_seqlens_q must be \(3,\)"),
+        ({"addresses": torch.zeros(3, dtype=torch.int64)}, "addresses (must be .2,.|are read by kernels)"),
     ],
 )
 def test_wrong_input_raises(changes, message):
     with pytest.raises(ValueError, match=message):
         paged_attention(**(GOOD | changes))
+
+
+def test_wrong_append_raises():
+    good = {name: value for name, value in GOOD.items() if name != "q"}
+    for k in (torch.zeros(2, 1, 16), torch.zeros(3, 2, 16), torch.zeros(2, 2, 16, dtype=torch.float16)):
+        with pytest.raises(ValueError, match=r"k and v must be \(2, 2, 16\) torch.float32"):
+            append_attention(GOOD["q"], k, torch.zeros(2, 2, 16), **good)
 
 
 @pytest.mark.parametrize(
@@ -265,10 +333,14 @@ def test_operators_pass_opcheck(device):
     for bounds in (cu_seqlens, None):
         rows = q if bounds is not None else q[:2]
         torch.library.opcheck(
-            torch.ops.nanogrpo.paged_attention, (rows, k_cache, v_cache, table, lens, bounds, 0.25)
+            torch.ops.nanogrpo.paged_attention, (rows, k_cache, v_cache, table, lens, bounds, 0.25, None)
         )
+    new, lens = q[:2, :1], lens - 1
+    torch.library.opcheck(
+        torch.ops.nanogrpo.append_attention, (q[:2], new, new, k_cache, v_cache, table, lens, 0.25, None)
+    )
     slots = torch.tensor([1, -1], device=device)
-    torch.library.opcheck(torch.ops.nanogrpo.store_kv, (q[:2, :1], q[2:4, :1], k_cache, v_cache, slots))
+    torch.library.opcheck(torch.ops.nanogrpo.store_kv, (q[:2, :1], q[2:4, :1], k_cache, v_cache, slots, None))
 
 
 @pytest.mark.skipif(INTERPRET, reason="torch.compile does not trace the interpreter")
@@ -301,13 +373,17 @@ def test_float32_kernels_fit_the_smallest_card(dim):
 
 
 def assert_all_compile(cc, dim, dtype):
-    cache = paged([20, 5], 2, dim, dtype=dtype)
+    cache = paged([300, 5], 2, dim, dtype=dtype)
     q, cu_seqlens = queries([3, 5], 6, dim, dtype=dtype)
+    addresses = torch.tensor([cache[0].data_ptr(), cache[1].data_ptr()])
 
     def launch():
-        module._paged_attention_triton(q[:2], *cache, None, 0.1)
-        module._paged_attention_triton(q, *cache, cu_seqlens, 0.1)
-        module._store_kv_triton(q[:2, :2], q[:2, 2:4], *cache[:2], torch.tensor([1, 2]))
+        module._paged_attention_triton(q[:2], *cache, None, 0.1, addresses)
+        module._append_attention_triton(
+            q[:2], q[:2, :2], q[2:4, :2], *cache[:2], cache[2][:, :2], cache[3], 0.1, addresses
+        )
+        module._paged_attention_triton(q, *cache, cu_seqlens, 0.1, addresses)
+        _store_kv_triton(q[:2, :2], q[:2, 2:4], *cache[:2], torch.tensor([1, 2]), addresses)
 
     assert_compiles(launch, cc, ["_decode_kernel", "_merge_kernel", "_prefill_kernel", "_store_kv_kernel"])
 

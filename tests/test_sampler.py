@@ -64,7 +64,10 @@ def test_logprobs_equal_scoring(architecture, overrides, temperature):
 
 
 def test_completions_depend_on_neither_batch_nor_block_size(policy, baseline):
-    for options in ({"max_batch": 4}, {"max_batch": 5}, {"max_batch": 9}, {"block_size": 32}):
+    for options in (
+        {"max_batch": 4}, {"max_batch": 5}, {"max_batch": 9, "window": 7}, {"block_size": 32}, {"window": 16},
+        {"prefill_tokens": 1, "window": 40}, {"prefill_tokens": 7, "max_batch": 4, "window": 3},
+    ):  # fmt: skip
         results = Sampler(policy, **options).generate(PROMPTS, PARAMS, group_size=4)
         assert tokens(results) == tokens(baseline)
         torch.testing.assert_close(logprobs(results), logprobs(baseline), atol=1e-5, rtol=1e-5)
@@ -75,12 +78,37 @@ def test_preemption_changes_nothing(policy, baseline, monkeypatch):
     monkeypatch.setattr(
         Scheduler, "_preempt", lambda self, for_group: (preemptions.append(1), preempt(self, for_group))
     )
-    for blocks in (4, 5, 7, 11):
-        sampler = Sampler(policy, kv_memory=blocks * block_bytes(policy) + 1)
+    for blocks, window in ((4, 1), (5, 1), (5, 16), (7, 3), (11, 8)):
+        sampler = Sampler(policy, kv_memory=blocks * block_bytes(policy) + 1, window=window)
         results = sampler.generate(PROMPTS, PARAMS, group_size=4)
         assert tokens(results) == tokens(baseline)
         torch.testing.assert_close(logprobs(results), logprobs(baseline), atol=1e-5, rtol=1e-5)
     assert len(preemptions) > 10, "the caches were too large to test preemption"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop": ("a", "kl"), "ignore_eos": True},
+        {"stop": ("b",), "stop_token_ids": (7, 30), "min_tokens": 9},
+        {"top_k": 5, "repetition_penalty": 1.3, "logit_bias": {3: 1.0, 40: -torch.inf}},
+        {"temperature": 0, "repetition_penalty": 2.0},
+        {"top_p": 0.9, "min_p": 0.02, "temperature": 0.7},
+        {"temperature": 0},
+    ],
+    ids=str,
+)
+def test_completions_do_not_depend_on_the_window(policy, options):
+    params = SamplingParams(max_tokens=21, seed=5, **options)
+    stepwise, *others = (
+        Sampler(policy, window=window).generate(PROMPTS, params, group_size=3) for window in (1, 4, 21, 50)
+    )
+    for other in others:
+        for ours, theirs in zip(other, stepwise, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                assert (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
+                torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(a.kept_mass, b.kept_mass, atol=1e-5, rtol=1e-5)
 
 
 def test_a_prompt_completes_the_same_beside_others(policy, baseline):
@@ -216,7 +244,9 @@ def test_bad_requests(policy, prompts, params, group_size, options, message):
         Sampler(policy, **options).generate(prompts, SamplingParams(**params), group_size=group_size)
 
 
-@pytest.mark.parametrize("options", [{"max_batch": 0}, {"block_size": 8}, {"block_size": 48}])
+@pytest.mark.parametrize(
+    "options", [{"max_batch": 0}, {"block_size": 8}, {"block_size": 48}, {"window": 0}, {"prefill_tokens": 0}]
+)
 def test_bad_sampler(policy, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Sampler(policy, **options)

@@ -41,6 +41,16 @@ def expected_distribution(logits, params, history=()):
     return probs(), kept
 
 
+def seen_in(histories):
+    if histories is None:
+        return None
+    return torch.tensor([[token in history for token in range(VOCAB)] for history in histories])
+
+
+def bias_of(params):
+    return torch.tensor([params.logit_bias.get(t, 0.0) for t in range(VOCAB)]) if params.logit_bias else None
+
+
 def random_logits(seed, rows=1):
     return 1.5 * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed))
 
@@ -66,8 +76,9 @@ def test_sample_follows_the_distribution(options, seed):
     logits, history = random_logits(seed), [1, 3, 3, 8]
     uniforms = torch.from_numpy(counter_uniform(seed, 0, np.arange(DRAWS), 0))
     histories = [history] if params.repetition_penalty != 1 else None
+    tensors = {"bias": bias_of(params), "seen": seen_in(histories)}
     rows = torch.zeros(DRAWS, dtype=torch.int64)
-    tokens, logprobs, kept = sample(logits, rows, uniforms, params, histories=histories)
+    tokens, logprobs, kept = sample(logits, rows, uniforms, params, **tensors)
     probs, inside = expected_distribution(logits[0], params, history if histories else ())
     assert set(tokens.tolist()) <= inside
     counts = torch.bincount(tokens, minlength=VOCAB).double()
@@ -79,7 +90,10 @@ def test_sample_follows_the_distribution(options, seed):
     assert chi2 < limit
     full = (logits[0].double() / params.temperature).log_softmax(-1)
     torch.testing.assert_close(logprobs.double(), full[tokens], atol=2e-6, rtol=1e-6)
-    mass = full.exp()[sorted(inside)].sum().item() if params.filters else 1.0
+    if not params.filters:
+        assert kept is None
+        return
+    mass = full.exp()[sorted(inside)].sum().item()
     assert kept.tolist() == pytest.approx([mass] * DRAWS, abs=1e-6)
 
 
@@ -104,7 +118,7 @@ def test_greedy_takes_the_best_token_that_is_not_banned():
     tokens, logprobs, kept = sample(logits, rows, u, SamplingParams(temperature=0, top_k=2))
     assert torch.equal(tokens, logits.argmax(-1))
     torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1))
-    assert kept.tolist() == [1.0] * 5
+    assert kept is None
     banned = torch.zeros(5, VOCAB, dtype=torch.bool).scatter_(1, tokens[:, None], True)
     second, logprobs, _ = sample(logits, rows, u, SamplingParams(temperature=0), banned=banned)
     assert torch.equal(second, logits.topk(2).indices[:, 1])
@@ -140,14 +154,28 @@ def test_several_draws_from_a_row(options):
     u = torch.from_numpy(counter_uniform(1, 0, np.arange(6), 0))
     banned = torch.zeros(3, VOCAB, dtype=torch.bool).scatter_(1, logits.argmax(-1)[:, None], True)
     banned[1] = False
-    histories = [[0, 1], [2], [3, 3]]
-    ours = sample(logits, rows, u, params, histories=histories, banned=banned)
+    seen, bias = seen_in([[0, 1], [2], [3, 3]]), bias_of(params)
+    ours = sample(logits, rows, u, params, seen=seen, bias=bias, banned=banned)
     written = sample(
-        logits[rows], torch.arange(6), u, params, histories=[histories[r] for r in rows], banned=banned[rows]
+        logits[rows], torch.arange(6), u, params, seen=seen[rows], bias=bias, banned=banned[rows]
     )
     for value, expected in zip(ours, written, strict=True):
         torch.testing.assert_close(value, expected)
     assert not banned[rows, ours[0]].any()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"top_p": 0.8}, {"logit_bias": {2: 1.0}}, {"temperature": 0}], ids=str
+)
+def test_keys_are_the_uniforms_made_of_them(options):
+    params, logits = SamplingParams(seed=-5, **options), random_logits(4, rows=2)
+    rows, prompt, member, position = torch.randint(0, 2, (4, 30))
+    uniforms = torch.from_numpy(counter_uniform(-5, prompt.numpy(), member.numpy(), position.numpy()))
+    keys = torch.tensor([-5]), prompt, member, position
+    for a, b in zip(
+        *(sample(logits, rows, x, params, bias=bias_of(params)) for x in (keys, uniforms)), strict=True
+    ):
+        assert a is b is None or torch.equal(a, b)
 
 
 def test_large_logits_stay_finite():
@@ -161,7 +189,7 @@ def test_adjusting_leaves_the_input_alone():
     logits = random_logits(0, rows=2)
     before = logits.clone()
     params = SamplingParams(repetition_penalty=2.0, logit_bias={1: 5.0, 2: -torch.inf})
-    out = adjust_logits(logits, params, [[0, 0], [4]])
+    out = adjust_logits(logits, params, seen=seen_in([[0, 0], [4]]), bias=bias_of(params))
     assert torch.equal(logits, before)
     assert out[:, 2].isneginf().all() and torch.equal(out[:, 1], before[:, 1] + 5)
     assert out[0, 0] == (before[0, 0] / 2 if before[0, 0] > 0 else before[0, 0] * 2)

@@ -37,12 +37,15 @@ def next_token(sequence):
     return hash((tuple(sequence.token_ids), sequence.prompt_index, sequence.group_index)) % 3
 
 
-def run(prompts, group_size, lengths, num_blocks, max_batch):
-    """What the sampler does, on a fake memory. Returns {(prompt, member): completion} and the preemptions seen."""
+def run(prompts, group_size, lengths, num_blocks, max_batch, window=1):
+    """What the sampler does, in windows of decode steps, on a fake memory.
+
+    Returns {(prompt, member): completion} and the preemptions seen.
+    """
     allocator = BlockAllocator(num_blocks)
     scheduler, memory = Scheduler(allocator, BLOCK, max_batch), Memory(num_blocks)
     for index, prompt in enumerate(prompts):
-        scheduler.add_group(index, prompt, group_size)
+        scheduler.add_group(index, prompt, group_size, max(map(max, lengths)))
     results, recomputed = {}, 0
     for _ in range(10_000):
         if not scheduler.has_work():
@@ -61,8 +64,10 @@ def run(prompts, group_size, lengths, num_blocks, max_batch):
                 memory.copy(copies)
                 sequences += members
             scheduler.start(sequences)
+            steps = 1
         else:
-            scheduler.grow()
+            steps = scheduler.grow(window)
+            assert 1 <= steps <= window
             sequences = list(scheduler.running)
             assert sequences, "nothing was admitted and nothing runs"
             for sequence in sequences:
@@ -72,12 +77,16 @@ def run(prompts, group_size, lengths, num_blocks, max_batch):
         for sequence in sequences:
             memory.check(sequence)
         for sequence in sequences:
-            sequence.token_ids.append(next_token(sequence))
-            if len(sequence.completion) == lengths[sequence.prompt_index][sequence.group_index]:
-                key = (sequence.prompt_index, sequence.group_index)
-                assert key not in results
-                results[key] = sequence.completion
-                scheduler.finish(sequence)
+            for step in range(steps):
+                if step:  # stored by the device in its own time: there must be room
+                    memory.store(sequence, len(sequence) - 1)
+                sequence.token_ids.append(next_token(sequence))
+                if len(sequence.completion) == lengths[sequence.prompt_index][sequence.group_index]:
+                    key = (sequence.prompt_index, sequence.group_index)
+                    assert key not in results
+                    results[key] = sequence.completion
+                    scheduler.finish(sequence)
+                    break
         scheduler.check_invariants()
     assert not scheduler.has_work(), "the scheduler does not come to an end"
     assert allocator.num_free == num_blocks and not allocator.by_content
@@ -94,13 +103,14 @@ def tasks(draw):
     lengths = draw(st.lists(group, min_size=len(prompts), max_size=len(prompts)))
     longest = max(len(p) + max(n) for p, n in zip(prompts, lengths, strict=True))
     num_blocks = -(-longest // BLOCK) + draw(st.integers(0, 6))
-    return prompts, group_size, lengths, num_blocks, group_size + draw(st.integers(0, 8))
+    max_batch = group_size + draw(st.integers(0, 8))
+    return prompts, group_size, lengths, num_blocks, max_batch, draw(st.sampled_from([1, 2, 5, 16]))
 
 
 @given(tasks())
 def test_every_group_completes_in_any_cache(task):
-    prompts, group_size, lengths, num_blocks, max_batch = task
-    results, _ = run(prompts, group_size, lengths, num_blocks, max_batch)
+    prompts, group_size, lengths, num_blocks, max_batch, window = task
+    results, _ = run(prompts, group_size, lengths, num_blocks, max_batch, window)
     assert set(results) == {(i, j) for i in range(len(prompts)) for j in range(group_size)}
     roomy, recomputed = run(prompts, group_size, lengths, ROOMY, 1000)
     assert results == roomy and recomputed == 0
@@ -113,8 +123,9 @@ def test_many_random_tasks_preempt_and_agree():
         prompts = [[rng.randint(0, 1) for _ in range(rng.randint(1, 12))] for _ in range(rng.randint(1, 6))]
         lengths = [[rng.randint(1, 16) for _ in range(group_size)] for _ in prompts]
         longest = max(len(p) + max(n) for p, n in zip(prompts, lengths, strict=True))
-        num_blocks = -(-longest // BLOCK) + rng.randint(0, 5)
-        results, recomputed = run(prompts, group_size, lengths, num_blocks, group_size + rng.randint(0, 6))
+        num_blocks, max_batch = -(-longest // BLOCK) + rng.randint(0, 5), group_size + rng.randint(0, 6)
+        window = rng.choice([1, 1, 3, 8])
+        results, recomputed = run(prompts, group_size, lengths, num_blocks, max_batch, window)
         assert results == run(prompts, group_size, lengths, ROOMY, 1000)[0]
         preempted += recomputed > 0
     assert preempted > 15, "the caches were too large to test preemption"
@@ -152,6 +163,27 @@ def test_the_last_token_is_computed_even_if_its_block_is_shared():
     assert second.num_cached == 4
 
 
+def test_a_window_shrinks_before_anything_is_preempted():
+    scheduler = Scheduler(BlockAllocator(5), BLOCK, 2)
+    for index in range(2):
+        scheduler.add_group(index, [index] * BLOCK, 1, 100)
+    scheduler.start(scheduler.admit())
+    for sequence in scheduler.running:
+        sequence.token_ids.append(9)
+    assert scheduler.grow(16) == 4 and len(scheduler.running) == 2
+    assert [len(s.block_table) for s in scheduler.running] == [2, 2]
+    scheduler.check_invariants()
+
+
+def test_no_block_is_taken_beyond_the_end_of_a_completion():
+    scheduler = Scheduler(BlockAllocator(9), BLOCK, 1)
+    scheduler.add_group(0, [0] * BLOCK, 1, BLOCK + 1)
+    (sequence,) = scheduler.admit()
+    scheduler.start([sequence])
+    sequence.token_ids.append(9)
+    assert scheduler.grow(16) == 16 and len(sequence.block_table) == 2
+
+
 def test_a_group_enters_whole_or_waits():
     scheduler = Scheduler(BlockAllocator(64), BLOCK, 5)
     scheduler.add_group(0, [1], 3)
@@ -162,3 +194,30 @@ def test_a_group_enters_whole_or_waits():
     assert scheduler.admit() == []
     scheduler.finish(members[0])
     assert [s.prompt_index for s in scheduler.admit()] == [1]
+
+
+def test_ten_thousand_requests_through_a_cache_that_holds_three_percent_of_them():
+    rng, window = random.Random(1), 8
+    prompts = [[rng.randint(0, 99) for _ in range(rng.randint(1, 24))] for _ in range(10_000)]
+    lengths = [rng.randint(1, 24) for _ in prompts]
+    needed = sum(-(-(len(p) + n - 1) // BLOCK) for p, n in zip(prompts, lengths, strict=True))
+    allocator = BlockAllocator(needed * 3 // 100)
+    scheduler, finished, preempted = Scheduler(allocator, BLOCK, 1000), {}, 0
+    for index, prompt in enumerate(prompts):
+        scheduler.add_group(index, prompt, 1, lengths[index])
+    while scheduler.has_work():
+        admitted = scheduler.admit()
+        if admitted:
+            preempted += sum(len(s) > s.prompt_length for s in admitted)
+            scheduler.start(admitted)
+        steps = 1 if admitted else scheduler.grow(window)
+        for sequence in admitted or list(scheduler.running):
+            room = sequence.max_length - len(sequence)
+            sequence.token_ids += [7] * min(room, steps)
+            if room <= steps:
+                assert sequence.prompt_index not in finished
+                finished[sequence.prompt_index] = sequence.completion
+                scheduler.finish(sequence)
+    assert [len(finished[i]) for i in range(len(prompts))] == lengths
+    assert preempted > 20 and allocator.num_free == allocator.num_blocks
+    scheduler.check_invariants()

@@ -40,8 +40,9 @@ def test_a_possible_stop_is_held_back():
     assert [stream.grow(list(s.encode())) for s in ("aE", "aEN", "aENx")] == ["a", "", "ENx"]
 
 
+@pytest.mark.parametrize("window", [1, 6])
 @pytest.mark.parametrize("stop", [(), ("ab", "c")])
-def test_the_sampler_streams_every_member(stop):
+def test_the_sampler_streams_every_member(stop, window):
     policy, pieces = tiny_policy(eos_token_ids=(5,)), {}
     params = SamplingParams(max_tokens=20, seed=1, stop=stop)
 
@@ -50,10 +51,11 @@ def test_the_sampler_streams_every_member(stop):
         assert piece
         pieces.setdefault(tuple(where), []).append(piece)
 
-    results = Sampler(policy).generate([[1, 2, 3], [4, 6]], params, group_size=3, on_text=on_text)
-    silent = Sampler(policy).generate([[1, 2, 3], [4, 6]], params, group_size=3)
-    assert results == silent
+    prompts = [[1, 2, 3], [4, 6]]
+    results = Sampler(policy, window=window).generate(prompts, params, group_size=3, on_text=on_text)
+    silent = Sampler(policy).generate(prompts, params, group_size=3)
+    assert [c.text for group in results for c in group] == [c.text for group in silent for c in group]
     for prompt, group in enumerate(results):
         for member, completion in enumerate(group):
             assert "".join(pieces.get((prompt, member), [])) == completion.text
-    assert max(map(len, pieces.values())) > 3
+    assert max(map(len, pieces.values())) > (3 if window == 1 else 1)

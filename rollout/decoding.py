@@ -1,0 +1,244 @@
+"""Decode steps whose state lives on the device: the host fills it, lets some steps run, and looks at the record.
+
+A step embeds the last token of every row, runs the model, samples, and moves the row on; rows that have ended stay
+as they are until the host looks. Its shapes never change, so that on a GPU it is captured once in a CUDA graph;
+elsewhere, and where graphs are off, the very same function runs as it is.
+"""
+
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..kernels import advance_rows
+from .attention import PagedAttention
+from .kv_cache import KVCache
+from .model import MIN_ROWS
+from .sampling import sample
+
+LOGIT_BYTES = 80 * 2**20  # logits that exist at once on a GPU
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # rows; then by 64
+MIN_WIDTH = 16  # blocks of the narrowest block table
+MAX_GRAPHS = 64
+
+
+class TokenSampler:
+    """Draws tokens by ``SamplingParams``; what may differ between two of equal ``key`` stands in tensors."""
+
+    def __init__(self, vocab_size, device):
+        self.stops = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        self.bias = torch.zeros(vocab_size, device=device)
+        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self.params = None
+        # The CPU takes all rows at once: rows that share a computation are drawn together.
+        self.most_rows = sys.maxsize
+        if self.stops.is_cuda:
+            self.most_rows = 1 << max(0, (LOGIT_BYTES // (4 * vocab_size)).bit_length() - 1)
+
+    def set(self, params, stop_ids):
+        """params: ``SamplingParams``; stop_ids: the tokens that end a completion."""
+        self.params = params
+        self.stop_ids = sorted(stop_ids)
+        self.seed.fill_((params.seed + 2**63) % 2**64 - 2**63)
+        self.stops.zero_()
+        if self.stop_ids:
+            self.stops[torch.tensor(self.stop_ids, device=self.stops.device)] = True
+        if params.logit_bias:
+            self.bias.zero_()
+            ids = torch.tensor(list(params.logit_bias), device=self.bias.device)
+            self.bias[ids] = torch.tensor(list(params.logit_bias.values()), device=self.bias.device)
+        self.min_tokens = params.min_tokens if self.stop_ids else 0
+
+    @property
+    def key(self):
+        """What of the parameters is fixed in a captured step."""
+        p = self.params
+        return (
+            p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty, bool(p.logit_bias), self.min_tokens,
+        )  # fmt: skip
+
+    def __call__(self, logits, rows, members, counts, seen=None):
+        """Draw from logits (R, V) float32: (tokens, logprobs, kept or None), each (B,).
+
+        rows (B,) int64 names the row of each draw; members (2, B) int64: prompt and group index; counts (B,) int64:
+        tokens generated so far, equal for draws from one row; seen (R, V) bool: for the repetition penalty.
+        """
+        banned = None
+        if self.min_tokens:
+            early = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+            banned = early.index_put_((rows,), counts < self.min_tokens)[:, None] & self.stops
+        bias = self.bias if self.params.logit_bias else None
+        noise = self.seed, *members, counts
+        return sample(logits, rows, noise, self.params, seen=seen, bias=bias, banned=banned)
+
+
+class DecodeState:
+    """The rows of a decode step, on the device.
+
+    words (4, B) int64: the last token of each row, where it stands, the tokens generated and how many are to be (a
+    row with as many has ended); context_lens (B,) int32: the length with the last token, 0 for rows that have ended;
+    members (2, B) int64: prompt and group index; table (B, width) int32; record (steps, 3, B) float64: token,
+    log-prob and kept mass of each step; seen (B, V) bool where the repetition penalty asks for it. leaders (R,) int64
+    are the rows that are computed, None: all; rows (B,) int64 names the computed row that each row equals.
+    """
+
+    def __init__(self, batch, width, steps, device, *, vocab_size=None):
+        self.batch, self.width = batch, width
+        self.words = torch.zeros(4, batch, dtype=torch.int64, device=device)
+        self.context_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.members = torch.zeros(2, batch, dtype=torch.int64, device=device)
+        self.table = torch.zeros(batch, width, dtype=torch.int32, device=device)
+        self.record = torch.zeros(steps, 3, batch, dtype=torch.float64, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.seen = None
+        if vocab_size is not None:
+            self.seen = torch.zeros(batch, vocab_size, dtype=torch.bool, device=device)
+        self.leaders, self.rows = None, torch.arange(batch, device=device)
+
+    def fill(self, sequences, limit):
+        """Write ``sequences`` into the first rows; the others have ended. limit: the tokens of a completion."""
+        n = len(sequences)
+        words, lens = np.zeros((6, self.batch), dtype=np.int64), np.zeros(self.batch, dtype=np.int32)
+        words[0, :n] = [s.token_ids[-1] for s in sequences]
+        lens[:n] = [len(s) for s in sequences]
+        words[1, :n] = lens[:n] - 1
+        words[2, :n] = [len(s) - s.prompt_length for s in sequences]
+        words[3, :n] = limit
+        words[4, :n] = [s.prompt_index for s in sequences]
+        words[5, :n] = [s.group_index for s in sequences]
+        table = np.zeros((self.batch, self.width), dtype=np.int32)
+        for row, sequence in zip(table, sequences, strict=False):
+            row[: len(sequence.block_table)] = sequence.block_table
+        self.words.copy_(torch.from_numpy(words[:4]))
+        self.members.copy_(torch.from_numpy(words[4:]))
+        self.context_lens.copy_(torch.from_numpy(lens))
+        self.table.copy_(torch.from_numpy(table))
+        self.step.zero_()
+        if self.seen is not None:
+            mark_seen(self.seen, sequences)
+
+    def share(self, sequences):
+        """Compute equal ones of ``sequences`` once; for one step, after which they may differ."""
+        distinct, rows = {}, []
+        for sequence in sequences:
+            rows.append(distinct.setdefault(tuple(sequence.token_ids), len(distinct)))
+        if len(distinct) < len(sequences):
+            self.rows = torch.tensor(rows, device=self.words.device)
+            leaders = [rows.index(i) for i in range(len(distinct))]
+            self.leaders = torch.tensor(leaders, device=self.words.device)
+
+    def read(self, steps):
+        """Tokens (steps, B), log-probs and kept masses of the steps so far, as numpy arrays; waits for them."""
+        tokens, logprobs, kept = self.record[:steps].cpu().numpy().swapaxes(0, 1)
+        return tokens.astype(np.int64), logprobs, kept
+
+
+def mark_seen(seen, sequences):
+    """Set ``seen`` (R, V) to the tokens of each sequence."""
+    rows = np.repeat(np.arange(len(sequences)), [len(s) for s in sequences])
+    tokens = [token for s in sequences for token in s.token_ids]
+    seen.zero_()
+    seen[torch.from_numpy(rows).to(seen.device), torch.tensor(tokens, device=seen.device)] = True
+
+
+def decode_step(model, cache, draw, state):
+    """One token for every row of ``state`` that has not ended."""
+    tokens, positions, counts, _ = state.words
+    inputs, slots, source = (tokens, positions, state.table, state.context_lens), None, None
+    if state.leaders is not None:
+        page, source = cache.block_size, state.rows
+        block = state.table.gather(1, (positions // page)[:, None])[:, 0]
+        slots = torch.where(state.context_lens > 0, block * page + positions % page, -1)
+        inputs = [x[state.leaders] for x in inputs]
+    computed = len(inputs[0])
+    if (
+        not tokens.is_cuda and computed < MIN_ROWS
+    ):  # padding: tokens that store nothing, of rows that see nothing
+        inputs = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, MIN_ROWS - computed)) for x in inputs]
+    tokens, positions, table, context_lens = inputs
+    hidden_states = model(tokens, positions, PagedAttention(cache, slots, source, table, context_lens))
+    drawn = []
+    for start in range(0, computed, draw.most_rows):
+        stop = min(start + draw.most_rows, computed)
+        draws = slice(start, stop) if state.leaders is None else slice(None)
+        rows = state.rows[: stop - start] if state.leaders is None else state.rows
+        seen = None if state.seen is None else state.seen[draws if state.leaders is None else state.leaders]
+        logits = model.logits(hidden_states[start:stop])
+        drawn.append(draw(logits, rows, state.members[:, draws], counts[draws], seen))
+    tokens, logprobs, kept = (None if x[0] is None else torch.cat(x) for x in zip(*drawn, strict=True))
+    if state.seen is not None:
+        state.seen.scatter_(1, tokens[:, None], True)
+    advance_rows(
+        tokens, logprobs, kept, draw.stops, state.words, state.context_lens, state.record, state.step
+    )
+
+
+class Decoder:
+    """Runs decode steps of a policy: on a GPU by CUDA graphs, captured on first use and kept from call to call."""
+
+    def __init__(self, policy, *, graphs):
+        self.policy = policy
+        self.graphs = {} if graphs and policy.device.type == "cuda" else None
+        self.pool = None
+        self.adapters = None
+        self.draw = TokenSampler(policy.config.vocab_size, policy.device)
+        self.addresses = None
+        if policy.device.type == "cuda":
+            layers = policy.config.num_hidden_layers
+            self.addresses = torch.zeros(layers, 2, dtype=torch.int64, device=policy.device)
+
+    def cache(self, num_blocks, block_size):
+        """A ``KVCache`` that the captured steps can read."""
+        policy = self.policy
+        return KVCache(
+            policy.config, num_blocks, block_size,
+            device=policy.device, dtype=policy.dtype, addresses=self.addresses,
+        )  # fmt: skip
+
+    def run(self, cache, sequences, steps, *, window):
+        """Let ``steps`` tokens be drawn for ``sequences``; returns (tokens, logprobs, kept), each (steps, B) numpy.
+
+        window: the most steps of any call. What stands behind the end of a completion means nothing.
+        """
+        width = max(MIN_WIDTH, 1 << (max(len(s.block_table) for s in sequences) - 1).bit_length())
+        if self.graphs is None:
+            state = self._state(len(sequences), width, steps)
+            if steps == 1 and not self.draw.stops.is_cuda:
+                state.share(sequences)
+            step = lambda: decode_step(self.policy.model, cache, self.draw, state)
+        else:
+            state, step = self._captured(cache, _bucket(len(sequences)), width, window)
+        state.fill(sequences, self.draw.params.max_tokens)
+        for _ in range(steps):
+            step()
+        return [x[:, : len(sequences)] for x in state.read(steps)]
+
+    def _state(self, batch, width, steps):
+        config = self.policy.config
+        vocab_size = config.vocab_size if self.draw.params.repetition_penalty != 1 else None
+        return DecodeState(batch, width, steps, self.policy.device, vocab_size=vocab_size)
+
+    def _captured(self, cache, batch, width, window):
+        adapters = tuple(p.data_ptr() for p in self.policy.adapters().values())
+        if adapters != self.adapters or len(self.graphs) >= MAX_GRAPHS:
+            self.graphs.clear()
+            self.adapters = adapters
+        live = tuple(linear.adapter_on for _, linear in self.policy.model.linears())
+        key = batch, width, window, cache.block_size, live, self.draw.key
+        if key not in self.graphs:
+            state = self._state(batch, width, window)
+            step = lambda: decode_step(self.policy.model, cache, self.draw, state)
+            step()  # compiles what is to be captured; no row is alive, so nothing is stored
+            graph = torch.cuda.CUDAGraph()
+            if self.pool is None:
+                self.pool = torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self.pool):
+                step()
+            self.graphs[key] = state, graph
+        state, graph = self.graphs[key]
+        return state, graph.replay
+
+
+def _bucket(batch):
+    return next((rows for rows in BUCKETS if rows >= batch), -(-batch // 64) * 64)
