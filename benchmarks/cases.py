@@ -5,9 +5,11 @@ A case names a problem; its tensors are drawn by the benchmark. A new operation 
 
 from typing import NamedTuple
 
+from nanogrpo.rollout.random_weights import SHAPES
+
 
 class Model(NamedTuple):
-    """A transformer's sizes, from its config.json. ``heads * head_dim`` need not equal ``hidden``."""
+    """A transformer's sizes. ``heads * head_dim`` need not equal ``hidden``."""
 
     hidden: int
     ffn: int
@@ -19,15 +21,20 @@ class Model(NamedTuple):
     tied: bool  # the LM head is the embedding
 
 
-MODELS = {
-    "SmolLM2-135M": Model(576, 1536, 9, 3, 64, 49152, 30, True),
-    "Qwen2.5-0.5B": Model(896, 4864, 14, 2, 64, 151936, 24, True),
-    "Qwen2.5-1.5B": Model(1536, 8960, 12, 2, 128, 151936, 28, True),
-    "Qwen2.5-7B": Model(3584, 18944, 28, 4, 128, 152064, 28, False),
-    "Llama-3.2-1B": Model(2048, 8192, 32, 8, 64, 128256, 16, True),
-    "Llama-3.1-8B": Model(4096, 14336, 32, 8, 128, 128256, 32, False),
-    "Phi-4": Model(5120, 17920, 40, 10, 128, 100352, 40, False),
-}
+def _sizes(config):
+    return Model(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.vocab_size,
+        config.num_hidden_layers,
+        config.tie_word_embeddings,
+    )
+
+
+MODELS = {name: _sizes(config) for name, config in SHAPES.items() if not name.startswith("tiny")}
 
 
 class Case(NamedTuple):

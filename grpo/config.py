@@ -26,6 +26,10 @@ class GRPOConfig:
     model: str | None = setting(
         None, "hub name, folder or .gguf file; default: the packaged SmolLM2-135M-Instruct"
     )
+    random_weights: str | None = setting(
+        None,
+        "instead of a model, a published shape with random weights, to measure: qwen2.5-1.5b, phi-4, ...",
+    )
     task: str = setting("larger", f"what to learn: {', '.join(TASKS)}")
     rewards: str = setting("format:0.2,correct:0.8", f"name:weight, ...; names: {', '.join(REWARDS)}")
     reward_timeout: float = setting(60.0, "seconds that one call of a reward function may take")
@@ -67,6 +71,9 @@ class GRPOConfig:
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     token_budget: int = setting(4096, "packed tokens a micro-batch; lower it to save memory")
     share_prefix: bool = setting(True, "compute what sequences have in common once in training")
+    checkpoint_layers: bool | None = setting(
+        None, "keep a layer's input alone and compute it again in the backward pass; default: on cuda"
+    )
     held_out: int = setting(200, "held-out questions that measure the result")
     seed: int = setting(0, "of data, adapters and sampling")
     device: str | None = setting(None, "cpu or cuda; default: cuda where there is one")
@@ -83,6 +90,14 @@ class GRPOConfig:
         if self.steps is None:
             object.__setattr__(self, "steps", task.steps)
         parse_rewards(self.rewards)
+        if self.random_weights is not None:
+            if self.model is not None:
+                raise ValueError(
+                    f"model and random_weights exclude each other, got {self.model!r} and {self.random_weights!r}"
+                )
+            from ..rollout.random_weights import find_shape  # here: the settings alone need no model's code
+
+            find_shape(self.random_weights)
         algorithm = find_algorithm(self.algorithm)
         for name in ("estimator", "kl_place"):
             if getattr(self, name) is None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ..rollout import split_by_budget
 from .advantages import gae_advantages, group_advantages, group_has_signal, multi_reward_advantages, whiten
 from .loss import kl_penalty, kl_reward_penalty, loss_denominator, policy_loss
+from .measurement import unmeasured
 
 
 @dataclass
@@ -61,6 +62,7 @@ class PolicyObjective:
         self.config = config
         self.loss_config = config.loss_config()
         self.token_budget = config.token_budget
+        self.meter = unmeasured  # the step's StepMeter
 
     def named_parameters(self):
         """Trainable parameters besides the adapters: none."""
@@ -149,7 +151,7 @@ class PolicyObjective:
 
     def reference(self, batch):
         """(N,) log-probs under the base model, without gradients."""
-        with self.policy.disable_adapters():
+        with self.meter("scoring"), self.policy.disable_adapters():
             return self.measured(batch, self.score)
 
 

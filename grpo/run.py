@@ -7,8 +7,6 @@ import signal
 import time
 from pathlib import Path
 
-import torch
-
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import GRPOConfig
 from .evaluation import Accuracy, evaluate
@@ -87,7 +85,8 @@ class Run:
             f"{config.algorithm}, LoRA r={config.lora_r}, {trainer.policy.dtype} on {trainer.policy.device}"
         )
         before = self._measure_before()
-        self.say(f"held-out accuracy before: {Accuracy(before['correct'], before['count'])}")
+        if before is not None:
+            self.say(f"held-out accuracy before: {Accuracy(before['correct'], before['count'])}")
         self.say(table_header())
         handlers = {s: signal.signal(s, self._request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -168,7 +167,9 @@ class Run:
         }
 
     def _measure_before(self):
-        """The base model's held-out result, measured once a run."""
+        """The base model's held-out result, measured once a run; None where its weights are random."""
+        if self.config.random_weights is not None:
+            return None
         path = self.folder / "before.json"
         if not path.exists():
             with self.trainer.policy.disable_adapters():
@@ -176,29 +177,29 @@ class Run:
         return json.loads(path.read_text())
 
     def _finish(self, before, history):
-        after = self._evaluate()
-        policy = self.trainer.policy
+        after = None if before is None else self._evaluate()
         seconds = sum(m["seconds"] for m in history)
         rollout_seconds = sum(m["seconds_rollout"] for m in history)
+        memory, peak = _peak_memory(history)
         result = {
             "before": before,
             "after": after,
             "training_seconds": seconds,
             "tokens_per_second": sum(m["completion_tokens"] for m in history) / rollout_seconds,
-            "peak_memory_bytes": _peak_memory(policy.device),
+            "peak_memory_bytes": peak,
         }
         _write_whole(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
-        then, now = (Accuracy(r["correct"], r["count"]) for r in (before, after))
-        self.say(f"held-out accuracy before: {then}")
-        self.say(f"held-out accuracy after:  {now}")
-        self.say(f"  {after['question']}")
-        self.say(f"  before: {before['reply']!r}")
-        self.say(f"  after:  {after['reply']!r} (expected {after['expected']!r})")
-        memory = "GPU memory" if policy.device.type == "cuda" else "memory"
+        if before is not None:
+            then, now = (Accuracy(r["correct"], r["count"]) for r in (before, after))
+            self.say(f"held-out accuracy before: {then}")
+            self.say(f"held-out accuracy after:  {now}")
+            self.say(f"  {after['question']}")
+            self.say(f"  before: {before['reply']!r}")
+            self.say(f"  after:  {after['reply']!r} (expected {after['expected']!r})")
         self.say(
             f"{config_line(self.config)}: {seconds:.0f} s of training, "
             f"{result['tokens_per_second']:.0f} sampled tokens/s, "
-            f"peak {memory} {result['peak_memory_bytes'] / 2**30:.2f} GiB; see {self.folder}"
+            f"peak {memory} {peak / 2**30:.2f} GiB; see {self.folder}"
         )
         return result
 
@@ -207,11 +208,11 @@ def config_line(config):
     return f"{config.steps} steps, seed {config.seed}"
 
 
-def _peak_memory(device):
-    """Bytes: of the CUDA allocator on a GPU, of the whole process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _peak_memory(history):
+    """(what was measured, bytes): of the CUDA allocator on a GPU, of the whole process on the CPU."""
+    if "memory_allocated" in history[-1]:
+        return "GPU memory", max(m["memory_allocated"] for m in history)
+    return "memory", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _write_whole(path, text):

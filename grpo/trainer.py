@@ -1,15 +1,15 @@
 """One GRPO step after another: rollout, rewards, advantages, micro-batches, update."""
 
-import contextlib
 import math
-import time
 from dataclasses import replace
 
 import torch
 
 from ..rollout import LoraConfig, Policy, Sampler, SamplingParams, split_by_budget
+from ..rollout.random_weights import random_policy
 from .algorithms import find_algorithm
 from .loss import kl_penalty
+from .measurement import StepMeter, unmeasured
 from .objectives import OBJECTIVES, has_signal
 from .reward_pool import score
 from .rewards import WeightedReward, parse_rewards, soft_overlong, total_reward
@@ -41,6 +41,7 @@ class GRPOTrainer:
         )
         self.step_count = 0
         self.batch = None  # the rollouts of the last step
+        self.meter = unmeasured  # a StepMeter within a step
 
     def named_parameters(self):
         """Dict of everything that is trained: the live adapters by PEFT's names, then what the objective adds."""
@@ -49,20 +50,18 @@ class GRPOTrainer:
     def step(self):
         """One step of the algorithm; returns its metrics, a flat dict of numbers."""
         step = self.step_count + 1
-        clock = _Clock(self.policy.device)
-        with clock("rollout"):
-            batch, sampled = self.collect(step)
-        with clock("prepare"):
+        self.meter = self.objective.meter = StepMeter(self.policy.device)
+        batch, sampled = self.collect(step)
+        with self.meter("scoring"):
             trained, prepared = self._within_memory(batch, lambda: self.objective.prepare(batch))
         metrics = {}
-        with clock("train"):
-            for iteration in range(self.config.num_iterations):
-                metrics = self._update(trained, step, first=metrics if iteration else None)
-        with clock("measure"):
+        for iteration in range(self.config.num_iterations):
+            metrics = self._update(trained, step, first=metrics if iteration else None)
+        with self.meter("scoring"):
             if "kl" not in metrics | prepared:
                 prepared["kl"] = self._measure_kl(batch)
         self.step_count, self.batch = step, batch
-        return {"step": step, **sampled, **prepared, **metrics, **clock.seconds}
+        return {"step": step, **sampled, **prepared, **metrics, **self.meter.metrics()}
 
     def collect(self, step):
         """The rollouts of ``step`` and what was seen of them: (``RolloutBatch``, dict of metrics).
@@ -105,11 +104,13 @@ class GRPOTrainer:
             temperature=config.temperature,
             seed=config.seed * 1_000_003 + step + (number << 40),
         )
-        groups = self.sampler.generate(prompts, params, group_size=config.group_size)
+        with self.meter("rollout"):
+            groups = self.sampler.generate(prompts, params, group_size=config.group_size)
         # Reward functions get copies: what they do to a completion must not reach the batch.
         copy = lambda c: replace(c, token_ids=list(c.token_ids), logprobs=list(c.logprobs))
         pairs = [(copy(c), e) for e, group in zip(examples, groups, strict=True) for c in group]
-        terms = score(self.rewards, pairs, timeout=config.reward_timeout)
+        with self.meter("reward"):
+            terms = score(self.rewards, pairs, timeout=config.reward_timeout)
         rewards = torch.tensor([total_reward(self.rewards, row) for row in terms])
         weights = torch.tensor([reward.weight for reward in self.rewards])
         terms = torch.tensor([[math.nan if value is None else value for value in row] for row in terms])
@@ -134,7 +135,8 @@ class GRPOTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = totals["lr"]
         if finite:
-            self.optimizer.step()
+            with self.meter("optimizer"):
+                self.optimizer.step()
         if first is not None:  # the sampler is compared with the policy that sampled
             keep = ("sampler_logprob_diff_max", "sampler_logprob_diff_mean")
             totals.update({name: first[name] for name in keep})
@@ -171,8 +173,10 @@ class GRPOTrainer:
         )
         for rows in runs:
             micro = batch.select(rows)
-            out = self.objective.micro_loss(micro, on_policy=on_policy, micro_batches=len(runs))
-            out.loss.backward()
+            with self.meter("forward"):
+                out = self.objective.micro_loss(micro, on_policy=on_policy, micro_batches=len(runs))
+            with self.meter("backward"):
+                out.loss.backward()
             totals["loss"] += out.loss.item()
             if out.kl is not None:
                 kl_sum = (kl_sum or 0.0) + out.kl
@@ -202,14 +206,20 @@ def load_policy(config):
     """The policy that ``config`` names, with fresh adapters."""
     if config.vram_limit is not None:
         limit_vram(config)
-    return Policy.load(
-        config.model,
-        quantize=config.quantize,
-        lora=LoraConfig(r=config.lora_r, alpha=config.lora_alpha),
-        device=config.device,
-        dtype=None if config.dtype is None else getattr(torch, config.dtype),
-        seed=config.seed,
-    )
+    settings = {
+        "quantize": config.quantize,
+        "lora": LoraConfig(r=config.lora_r, alpha=config.lora_alpha),
+        "device": config.device,
+        "dtype": None if config.dtype is None else getattr(torch, config.dtype),
+        "seed": config.seed,
+    }
+    if config.random_weights is not None:
+        policy = random_policy(config.random_weights, **settings)
+    else:
+        policy = Policy.load(config.model, **settings)
+    checkpoint = config.checkpoint_layers
+    policy.model.checkpoint_layers = policy.device.type == "cuda" if checkpoint is None else checkpoint
+    return policy
 
 
 def limit_vram(config):
@@ -220,19 +230,3 @@ def limit_vram(config):
     index = torch.cuda.current_device() if index is None else index
     total = torch.cuda.get_device_properties(index).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, config.vram_limit * 2**30 / total), index)
-
-
-class _Clock:
-    """Seconds by phase, with the device's work finished at the end of each."""
-
-    def __init__(self, device):
-        self.device = device
-        self.seconds = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase):
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[f"seconds_{phase}"] = time.perf_counter() - start

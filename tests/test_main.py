@@ -1,6 +1,7 @@
 """The command line: its flags, its output, and errors of one line."""
 
 import dataclasses
+import json
 import struct
 
 import pytest
@@ -72,6 +73,8 @@ def test_flags_are_typed(monkeypatch):
         (["--lr", "0"], "lr must be greater than 0"),
         (["--device", "gpu"], "device must be cpu or cuda, got 'gpu'"),
         (["--vram-limit", "1", "--device", "cpu"], "vram_limit needs a CUDA device"),
+        (["--random-weights", "phi-5"], "unknown shape 'phi-5'; nearest is 'phi-4'"),
+        (["--random-weights", "phi-4", "--model", "x/y"], "model and random_weights exclude each other"),
         (["--model", "./no-such-model"], "'./no-such-model' does not exist"),
         (["--model", "no-such.gguf"], "'no-such.gguf' does not exist"),
     ],
@@ -106,6 +109,18 @@ def test_train_and_resume(tiny, capsys, tmp_path):
     message = refused(capsys, "train", "--resume", out, "--lr", "0.5")
     assert "--resume takes all settings from the run; drop --lr" in message
     assert main(["train", "--resume", out]) == 0
+
+
+def test_random_weights_run_unevaluated(capsys, tmp_path):
+    out = tmp_path / "run"
+    small = ["--steps", "2", "--group-size", "2", "--prompts-per-step", "1", "--max-completion-length", "4"]
+    shape = ["--random-weights", "tiny-llama", "--quantize", "nf4", "--checkpoint-layers", "--device", "cpu"]
+    assert main(["train", *small, *shape, "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "tiny-llama with random weights" in printed.out and "held-out" not in printed.out
+    assert printed.err == ""
+    assert main(["train", "--resume", str(out)]) == 0
+    assert json.loads((out / "result.json").read_text())["before"] is None
 
 
 def test_resume_of_nothing(capsys, tmp_path):

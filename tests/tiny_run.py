@@ -25,8 +25,8 @@ CONFIG = ModelConfig(
 FIELDS = {
     "step", "loss", "lr", "grad_norm", "reward", "reward_std", "completion_length", "kl", "signal_share",
     "truncated_share", "completion_tokens", "trained_tokens", "sampler_logprob_diff_max",
-    "sampler_logprob_diff_mean", "skipped", "token_budget", "seconds_rollout", "seconds_prepare", "seconds_train",
-    "seconds_measure",
+    "sampler_logprob_diff_mean", "skipped", "token_budget", "seconds_rollout", "seconds_reward",
+    "seconds_scoring", "seconds_forward", "seconds_backward", "seconds_optimizer",
 }  # fmt: skip
 
 
