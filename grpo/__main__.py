@@ -1,4 +1,4 @@
-"""The command line: ``nanogrpo train``, ``sample``, ``eval``, ``replay`` and ``verify``."""
+"""The command line: nanogrpo train, plan, sample, eval, export, bench, replay, verify."""
 
 import argparse
 import dataclasses
@@ -22,7 +22,7 @@ def main(argv=None):
 
 def _parser():
     parser = argparse.ArgumentParser(prog="nanogrpo", description="GRPO fine-tuning in very little VRAM")
-    commands = parser.add_subparsers(required=True, metavar="train | sample | eval | replay | verify")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="fine-tune a policy on a task")
     for field in dataclasses.fields(GRPOConfig):
@@ -31,6 +31,15 @@ def _parser():
         "--resume", metavar="FOLDER", help="continue the run in this folder, with its settings"
     )
     train.set_defaults(run=_train)
+
+    plan = commands.add_parser("plan", help="the GPU memory that a run would take, by part; needs no GPU")
+    for field in dataclasses.fields(GRPOConfig):
+        _add_flag(plan, field)
+    plan.add_argument("--prompt-length", type=int, help="tokens of a prompt; default: the task's longest")
+    plan.add_argument(
+        "--card", help="a card or its GiB of memory: rtx-4090, h100, 12, ...; default: all known"
+    )
+    plan.set_defaults(run=_plan)
 
     sample = commands.add_parser("sample", help="answer one prompt")
     sample.add_argument("prompt", help="what the user says")
@@ -141,11 +150,26 @@ def _verify(arguments):
     return run(arguments.against)
 
 
+def _settings(arguments):
+    """The settings of a run that were given on the command line."""
+    names = [field.name for field in dataclasses.fields(GRPOConfig)]
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def _plan(arguments):
+    from .memory import plan_report
+    from .trainer import describe
+
+    config = GRPOConfig(**_settings(arguments))
+    model, prompt_length = describe(config)
+    print("\n".join(plan_report(model, config, arguments.prompt_length or prompt_length, arguments.card)))
+    return 0
+
+
 def _train(arguments):
     from .run import Run
 
-    names = [field.name for field in dataclasses.fields(GRPOConfig)]
-    settings = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    settings = _settings(arguments)
     if arguments.resume:
         if settings:
             flag = next(iter(settings)).replace("_", "-")

@@ -5,12 +5,22 @@ from dataclasses import replace
 
 import torch
 
-from ..rollout import LoraConfig, Policy, Sampler, SamplingParams, split_by_budget
-from ..rollout.random_weights import random_policy
+from ..rollout import (
+    LoraConfig,
+    Policy,
+    Sampler,
+    SamplingParams,
+    open_checkpoint,
+    resolve_checkpoint,
+    split_by_budget,
+)
+from ..rollout.random_weights import find_shape, random_policy
 from .algorithms import find_algorithm
 from .loss import kl_penalty
 from .measurement import StepMeter, unmeasured
+from .memory import check_fits, limit_vram
 from .objectives import OBJECTIVES, has_signal
+from .optimizer import make_optimizer
 from .reward_pool import score
 from .rewards import WeightedReward, parse_rewards, soft_overlong, total_reward
 from .rollout_batch import RolloutBatch
@@ -34,11 +44,13 @@ class GRPOTrainer:
             punishment = soft_overlong(config.max_completion_length, config.overlong_buffer)
             self.rewards.append(WeightedReward(punishment, 1.0))
         self.train_sets, self.held_out_sets = self.task.split(config.held_out)
-        self.sampler = Sampler(self.policy, max_batch=config.prompts_per_step * config.group_size)
-        self.objective = OBJECTIVES[find_algorithm(config.algorithm).objective](self.policy, config)
-        self.optimizer = torch.optim.AdamW(
-            self.named_parameters().values(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        self.sampler = Sampler(
+            self.policy,
+            max_batch=config.prompts_per_step * config.group_size,
+            kv_memory=None if config.kv_memory is None else int(config.kv_memory * 2**30),
         )
+        self.objective = OBJECTIVES[find_algorithm(config.algorithm).objective](self.policy, config)
+        self.optimizer = make_optimizer(config.optimizer, self.named_parameters().values(), config.lr)
         self.step_count = 0
         self.batch = None  # the rollouts of the last step
         self.meter = unmeasured  # a StepMeter within a step
@@ -51,6 +63,7 @@ class GRPOTrainer:
         """One step of the algorithm; returns its metrics, a flat dict of numbers."""
         step = self.step_count + 1
         self.meter = self.objective.meter = StepMeter(self.policy.device)
+        self.optimizer.zero_grad(set_to_none=True)  # the last step's gradients make room for the rollout
         batch, sampled = self.collect(step)
         with self.meter("scoring"):
             trained, prepared = self._within_memory(batch, lambda: self.objective.prepare(batch))
@@ -202,10 +215,24 @@ class GRPOTrainer:
         return penalty[group.completion_mask].mean().item()
 
 
+def describe(config):
+    """(``ModelConfig``, tokens of the longest prompt) of a run, for ``plan_memory``; no weight is read."""
+    checkpoint = open_checkpoint(resolve_checkpoint(config.model))
+    model = checkpoint.config
+    if config.random_weights is not None:
+        _, model = find_shape(config.random_weights)
+    task = find_task(config.task)
+    examples = task.draw(task.split(config.held_out)[0], 64, "lengths")
+    prompts = [checkpoint.tokenizer.apply_chat_template(list(e.messages)) for e in examples]
+    return model, max(map(len, prompts))
+
+
 def load_policy(config):
     """The policy that ``config`` names, with fresh adapters."""
     if config.vram_limit is not None:
         limit_vram(config)
+        model, prompt_length = describe(config)
+        check_fits(model, config, prompt_length)
     settings = {
         "quantize": config.quantize,
         "lora": LoraConfig(r=config.lora_r, alpha=config.lora_alpha),
@@ -220,13 +247,3 @@ def load_policy(config):
     checkpoint = config.checkpoint_layers
     policy.model.checkpoint_layers = policy.device.type == "cuda" if checkpoint is None else checkpoint
     return policy
-
-
-def limit_vram(config):
-    """Make the allocator refuse more than ``vram_limit`` GiB of the GPU's memory."""
-    if not torch.cuda.is_available() or (config.device or "cuda").split(":")[0] != "cuda":
-        raise ValueError("vram_limit needs a CUDA device, and this run is on the CPU")
-    index = torch.device(config.device or "cuda").index
-    index = torch.cuda.current_device() if index is None else index
-    total = torch.cuda.get_device_properties(index).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, config.vram_limit * 2**30 / total), index)

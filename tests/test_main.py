@@ -123,6 +123,20 @@ def test_random_weights_run_unevaluated(capsys, tmp_path):
     assert json.loads((out / "result.json").read_text())["before"] is None
 
 
+def test_plan(capsys):
+    shape = ["--random-weights", "llama-3.1-8b", "--quantize", "nf4", "--max-completion-length", "1024"]
+    assert main(["plan", *shape, "--prompt-length", "128"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("weights", "adapters", "gradients", "optimizer", "KV cache", "checkpoints", "logits"):
+        assert f"\n{part} " in printed
+    assert "h200 (141 GiB): fits" in printed
+    assert main(["plan", *shape, "--card", "6"]) == 0
+    assert "does not fit" in capsys.readouterr().out
+    assert "unknown card 'gtx'" in refused(capsys, "plan", *shape, "--card", "gtx")
+    assert main(["plan", "--task", "add"]) == 0  # the packaged model, the task's own prompts
+    assert "prompts of 1" in capsys.readouterr().out
+
+
 def test_resume_of_nothing(capsys, tmp_path):
     assert "holds no run to resume" in refused(capsys, "train", "--resume", str(tmp_path))
 
