@@ -28,7 +28,12 @@ def _parser():
     for field in dataclasses.fields(GRPOConfig):
         _add_flag(train, field)
     train.add_argument(
-        "--resume", metavar="FOLDER", help="continue the run in this folder, with its settings"
+        "--resume",
+        metavar="FOLDER",
+        help="continue the run in this folder, with its settings; --steps lengthens it",
+    )
+    train.add_argument(
+        "--resume-step", type=int, metavar="N", help="go on from the checkpoint of step N instead of the last"
     )
     train.set_defaults(run=_train)
 
@@ -167,17 +172,28 @@ def _plan(arguments):
 
 
 def _train(arguments):
-    from .run import Run
+    from .distributed import launched
+    from .run import Run, read_config
 
     settings = _settings(arguments)
-    if arguments.resume:
+    resumed = arguments.resume
+    if resumed:
+        steps = settings.pop("steps", None)
         if settings:
             flag = next(iter(settings)).replace("_", "-")
-            raise ValueError(f"--resume takes all settings from the run; drop --{flag}")
-        run = Run.resume(arguments.resume)
+            raise ValueError(f"--resume takes all settings but --steps from the run; drop --{flag}")
+        device = read_config(resumed).device
+    elif arguments.resume_step is not None:
+        raise ValueError("--resume-step goes with --resume")
     else:
-        run = Run.create(GRPOConfig(**settings))
-    run.train()
+        config = GRPOConfig(**settings)
+        device = config.device
+    with launched(device) as ranks:
+        if resumed:
+            run = Run.resume(resumed, steps=steps, from_step=arguments.resume_step, ranks=ranks)
+        else:
+            run = Run.create(config, ranks=ranks)
+        run.train()
     return 0
 
 

@@ -9,6 +9,10 @@ def value(completion, example):
     return float(completion.text)
 
 
+def odd(completion, example):
+    return sum(token % 2 for token in completion.token_ids) / len(completion.token_ids)
+
+
 def even_only(completion, example):
     return None if example % 2 else 1.0
 

@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from nanogrpo.grpo.checkpoint import (
     save_checkpoint,
 )
 from nanogrpo.rollout import LoraConfig
-from tiny_run import adapters, tiny_trainer
+from tiny_run import adapters, environment, tiny_trainer
 
 
 def save(trainer, folder, **options):
@@ -265,7 +263,7 @@ except OSError as error:
 def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, space):
     done = subprocess.run(
         [sys.executable, "-c", DISK_FULL, str(tmp_path), str(space)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=120,

@@ -47,7 +47,7 @@ def test_flags_are_typed(monkeypatch):
 
     class Recorder:
         @staticmethod
-        def create(config):
+        def create(config, **options):
             seen.append(config)
             return Recorder
 
@@ -107,8 +107,16 @@ def test_train_and_resume(tiny, capsys, tmp_path):
     assert "held-out accuracy after:" in printed.out and printed.err == ""
     assert "holds another run" in refused(capsys, "train", *flags(out=out))
     message = refused(capsys, "train", "--resume", out, "--lr", "0.5")
-    assert "--resume takes all settings from the run; drop --lr" in message
+    assert "--resume takes all settings but --steps from the run; drop --lr" in message
     assert main(["train", "--resume", out]) == 0
+    assert "a run of 4 steps can be lengthened, not cut to 3" in refused(
+        capsys, "train", "--resume", out, "--steps", "3"
+    )
+    capsys.readouterr()
+    assert main(["train", "--resume", out, "--steps", "5", "--resume-step", "3"]) == 0
+    rows = [line.split("|")[0].strip() for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert rows == ["Step", "4", "5"]
+    assert "--resume-step goes with --resume" in refused(capsys, "train", "--resume-step", "3")
 
 
 def test_random_weights_run_unevaluated(capsys, tmp_path):

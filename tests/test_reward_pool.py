@@ -1,16 +1,15 @@
 """The reward pool: order, errors and time limits."""
 
-import os
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from nanogrpo.grpo.reward_pool import WORKERS, score
 from nanogrpo.grpo.rewards import RewardError, WeightedReward
 from nanogrpo.rollout import Completion
+from tiny_run import environment
 
 
 def said(text):
@@ -142,10 +141,9 @@ pool.GRACE = 0.5
 pairs = [(Completion([1], [0.0], "stop", "x"), n) for n in range(5)]
 pool.score([WeightedReward(slow_rewards.endless, 1.0)], pairs, timeout=0.5)
 """
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(),
     )  # fmt: skip
     assert done.returncode == 1 and "Timeout" in done.stderr and "in endless" in done.stderr
 
@@ -162,9 +160,8 @@ pool.score([WeightedReward(slow_rewards.value, 1.0)], [(Completion([1], [0.0], "
 time.sleep(1)
 print("alive")
 """
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(),
     )  # fmt: skip
     assert done.stdout == "alive\n", done.stderr

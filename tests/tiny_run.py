@@ -1,5 +1,9 @@
 """A policy of a few thousand random weights with a tokenizer of characters, and a reward that it can vary."""
 
+import os
+import sys
+from pathlib import Path
+
 import torch
 from nanogrpo.grpo.config import GRPOConfig
 from nanogrpo.grpo.rewards import REWARDS, WeightedReward
@@ -93,3 +97,8 @@ def install(setattr, setitem):
     """Make runs use the tiny policy and know the reward "odd"; both as ``pytest.MonkeyPatch`` has them."""
     setattr("nanogrpo.grpo.trainer.load_policy", tiny_policy)
     setitem(REWARDS, "odd", odd)
+
+
+def environment():
+    """That of a child process which finds the modules that this one does, and those beside this file."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
