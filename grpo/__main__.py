@@ -2,10 +2,13 @@
 
 import argparse
 import dataclasses
+import importlib.util
+import subprocess
 import sys
 import time
 import types
 import typing
+from pathlib import Path
 
 from .config import GRPOConfig
 
@@ -76,6 +79,20 @@ def _parser():
     replay.add_argument("--token-budget", type=int, default=4096)
     replay.add_argument("--out", default="replay", help="folder for replay.json and replay.png")
     replay.set_defaults(run=_replay)
+
+    export = commands.add_parser("export", help="a run's adapter as a folder in PEFT's format")
+    export.add_argument("run_folder", metavar="RUN", help="folder of a run, finished or not")
+    export.add_argument("--out", required=True, help="folder to write")
+    export.add_argument(
+        "--step", type=int, metavar="N", help="of the checkpoint of step N; default: the last"
+    )
+    export.set_defaults(run=_export)
+
+    bench = commands.add_parser(
+        "bench", help="time the kernels and their peers; needs a checkout and pytest-benchmark"
+    )
+    bench.add_argument("operations", nargs="*", metavar="OPERATION", help="linear_logprob, ...; default: all")
+    bench.set_defaults(run=_bench)
 
     verify = commands.add_parser("verify", help="our losses beside another library's, on the same tensors")
     verify.add_argument("--against", required=True, help="trl, liger or verl")
@@ -153,6 +170,37 @@ def _verify(arguments):
     from .verify import run
 
     return run(arguments.against)
+
+
+def _export(arguments):
+    from .export import export_adapter
+
+    step = export_adapter(arguments.run_folder, arguments.out, arguments.step)
+    print(f"adapter after step {step}: {arguments.out}")
+    return 0
+
+
+def _bench(arguments):
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    files = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
+    if not files:
+        raise ValueError(
+            f"bench runs the benchmark files of a checkout, and there are none in {folder}: clone the repository "
+            "and install it with pip install -e"
+        )
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise ValueError(
+            "bench needs pytest and pytest-benchmark: pip install pytest-benchmark, or make bench"
+        )
+    for name in arguments.operations:
+        if name not in files:
+            raise ValueError(f"unknown operation {name!r}, expected some of {', '.join(files)}")
+    chosen = [str(files[name]) for name in arguments.operations or files]
+    print(
+        f"{len(chosen)} benchmark files; peers that are not installed are left out, make bench installs them"
+    )
+    # From the benchmarks' folder: from the root, ``kernels`` would stand before Hugging Face's package of that name.
+    return subprocess.run([sys.executable, "-m", "pytest", *chosen], cwd=folder).returncode
 
 
 def _settings(arguments):

@@ -4,6 +4,7 @@ All other randomness of a run is keyed by (seed, step), so these tensors and the
 sampler's counters, the data position and the rollouts of the next step follow from them.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -77,8 +78,23 @@ def load_checkpoint(path, parameters, optimizer):
     anything is changed.
     """
     path = Path(path)
-    try:
+    with _named_damage(path):
         return _load(path, parameters, optimizer)
+
+
+def read_parameters(path):
+    """(step, {name: tensor} of the trained parameters) of a checkpoint; ValueError naming it where it is damaged."""
+    path = Path(path)
+    with _named_damage(path):
+        step, tensors = _read(path)
+    return step, _parameters(tensors)
+
+
+@contextlib.contextmanager
+def _named_damage(path):
+    """Turn what goes wrong in reading ``path`` into a ValueError that names it and the one before it."""
+    try:
+        yield
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         reason = str(error)
         if not isinstance(error, ValueError) or "checkpoint" not in reason:
@@ -90,16 +106,25 @@ def load_checkpoint(path, parameters, optimizer):
         raise ValueError(reason) from error
 
 
-def _load(path, parameters, optimizer):
+def _read(path):
+    """(step, every tensor) of a checkpoint that is as it was written."""
     saved_as = json.loads((path / "state.json").read_text())
     data = (path / "state.safetensors").read_bytes()
     tensors = load(data)
     if hashlib.sha256(data).hexdigest() != saved_as["sha256"]:
         raise ValueError(f"checkpoint {path} is damaged: state.safetensors is not what was written")
-    del data
-    saved = {
+    return int(saved_as["step"]), tensors
+
+
+def _parameters(tensors):
+    return {
         name.removeprefix("parameter."): t for name, t in tensors.items() if name.startswith("parameter.")
     }
+
+
+def _load(path, parameters, optimizer):
+    step, tensors = _read(path)
+    saved = _parameters(tensors)
     if set(saved) != set(parameters):
         odd = sorted(set(saved) ^ set(parameters))[:3]
         raise ValueError(f"checkpoint {path} does not fit this run, first differences: {odd}")
@@ -121,7 +146,6 @@ def _load(path, parameters, optimizer):
                 raise ValueError(f"checkpoint {path}: {what} has shape {got[what]}, expected {shape}")
     if started and "optimizer_step" not in tensors:
         raise ValueError(f"checkpoint {path} is damaged: it has no optimizer_step")
-    step = int(saved_as["step"])
     for name, parameter in parameters.items():
         parameter.data.copy_(saved[name])
         if started:

@@ -3,12 +3,16 @@
 import dataclasses
 import json
 import struct
+import subprocess
 
 import pytest
+import torch
 from nanogrpo.grpo import GRPOConfig
 from nanogrpo.grpo.__main__ import main
+from nanogrpo.grpo.rewards import REWARDS
 from nanogrpo.rollout import Policy
-from tiny_run import install, settings, tiny_policy
+from safetensors.torch import load_file
+from tiny_run import install, odd, settings, tiny_policy
 
 
 @pytest.fixture
@@ -183,3 +187,63 @@ def test_sample_and_eval_errors(tiny, capsys, tmp_path):
     assert "nearest is 'add'" in refused(capsys, "eval", "--task", "addd")
     assert "max_tokens must be at least 1" in refused(capsys, "sample", "hello", "--max-tokens", "0")
     assert "cannot hold out 0" in refused(capsys, "eval", "--held-out", "0")
+
+
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-phi3"])
+def test_export_is_the_adapter_of_the_run(shape, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(REWARDS, "odd", odd)
+    out, model = tmp_path / "run", "adapter_model.safetensors"
+    settings = (
+        "--steps 3 --group-size 4 --prompts-per-step 1 --max-completion-length 3 --lora-r 4 --rewards odd"
+    )
+    command = ["train", *settings.split(), "--random-weights", shape, "--device", "cpu", "--out", str(out)]
+    assert main(command) == 0
+    assert main(["export", str(out), "--out", str(tmp_path / "last")]) == 0
+    assert "adapter after step 3" in capsys.readouterr().out
+    folders = (out / "adapter", tmp_path / "last")
+    written, exported = (load_file(folder / model) for folder in folders)
+    assert written.keys() == exported.keys()
+    assert all(torch.equal(written[name], exported[name]) for name in written)
+    assert any(tensor.any() for name, tensor in exported.items() if "lora_B" in name)
+    descriptions = [json.loads((folder / "adapter_config.json").read_text()) for folder in folders]
+    for description in descriptions:
+        description.pop("base_model_name_or_path")
+    assert descriptions[0] == descriptions[1]
+    assert main(["export", str(out), "--step", "2", "--out", str(tmp_path / "earlier")]) == 0
+    earlier = load_file(tmp_path / "earlier" / model)
+    assert any(not torch.equal(earlier[name], exported[name]) for name in exported)
+
+
+def test_export_errors(tiny, capsys, tmp_path):
+    assert "holds no run" in refused(capsys, "export", str(tmp_path), "--out", "x")
+    out = tmp_path / "run"
+    assert main(["train", *flags(out=str(out))]) == 0
+    capsys.readouterr()
+    assert "no checkpoint of step 9" in refused(capsys, "export", str(out), "--step", "9", "--out", "x")
+    state = out / "checkpoints" / "step-000004" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    assert "step-000004 is damaged" in refused(capsys, "export", str(out), "--out", str(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_bench_runs_the_benchmark_files(capsys, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        "subprocess.run",
+        lambda command, cwd: ran.append((command, cwd)) or subprocess.CompletedProcess(command, 3),
+    )
+    assert main(["bench", "linear_logprob"]) == 3
+    [(command, folder)] = ran
+    assert command[1:3] == ["-m", "pytest"] and folder.name == "benchmarks"
+    assert command[3:] == [str(folder / "bench_linear_logprob.py")]
+    main(["bench"])
+    assert len(ran[1][0]) == 3 + len(list(folder.glob("bench_*.py")))
+    assert "unknown operation 'linear'" in refused(capsys, "bench", "linear")
+
+
+def test_bench_without_a_checkout(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("nanogrpo.grpo.__main__.__file__", str(tmp_path / "grpo" / "__main__.py"))
+    assert "clone the repository" in refused(capsys, "bench")
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "bench needs pytest and pytest-benchmark" in refused(capsys, "bench")
