@@ -5,9 +5,11 @@ A case names a problem; its tensors are drawn by the benchmark. A new operation 
 
 from typing import NamedTuple
 
+from nanogrpo.rollout.random_weights import SHAPES
+
 
 class Model(NamedTuple):
-    """A transformer's sizes, from its config.json. ``heads * head_dim`` need not equal ``hidden``."""
+    """A transformer's sizes. ``heads * head_dim`` need not equal ``hidden``."""
 
     hidden: int
     ffn: int
@@ -19,6 +21,7 @@ class Model(NamedTuple):
     tied: bool  # the LM head is the embedding
 
 
+<<<<<<< HEAD
 DECODE_ROWS = 128  # completions that decode at once
 
 MODELS = {
@@ -30,6 +33,22 @@ MODELS = {
     "Llama-3.1-8B": Model(4096, 14336, 32, 8, 128, 128256, 32, False),
     "Phi-4": Model(5120, 17920, 40, 10, 128, 100352, 40, False),
 }
+=======
+def _sizes(config):
+    return Model(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.vocab_size,
+        config.num_hidden_layers,
+        config.tie_word_embeddings,
+    )
+
+
+MODELS = {name: _sizes(config) for name, config in SHAPES.items() if not name.startswith("tiny")}
+>>>>>>> wip/trainer
 
 
 class Case(NamedTuple):

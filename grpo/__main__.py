@@ -1,11 +1,14 @@
-"""The command line: ``nanogrpo train``, ``sample``, ``eval``, ``replay`` and ``verify``."""
+"""The command line: nanogrpo train, plan, sample, eval, export, bench, replay, verify."""
 
 import argparse
 import dataclasses
+import importlib.util
+import subprocess
 import sys
 import time
 import types
 import typing
+from pathlib import Path
 
 from .config import GRPOConfig
 
@@ -22,15 +25,29 @@ def main(argv=None):
 
 def _parser():
     parser = argparse.ArgumentParser(prog="nanogrpo", description="GRPO fine-tuning in very little VRAM")
-    commands = parser.add_subparsers(required=True, metavar="train | sample | eval | replay | verify")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="fine-tune a policy on a task")
     for field in dataclasses.fields(GRPOConfig):
         _add_flag(train, field)
     train.add_argument(
-        "--resume", metavar="FOLDER", help="continue the run in this folder, with its settings"
+        "--resume",
+        metavar="FOLDER",
+        help="continue the run in this folder, with its settings; --steps lengthens it",
+    )
+    train.add_argument(
+        "--resume-step", type=int, metavar="N", help="go on from the checkpoint of step N instead of the last"
     )
     train.set_defaults(run=_train)
+
+    plan = commands.add_parser("plan", help="the GPU memory that a run would take, by part; needs no GPU")
+    for field in dataclasses.fields(GRPOConfig):
+        _add_flag(plan, field)
+    plan.add_argument("--prompt-length", type=int, help="tokens of a prompt; default: the task's longest")
+    plan.add_argument(
+        "--card", help="a card or its GiB of memory: rtx-4090, h100, 12, ...; default: all known"
+    )
+    plan.set_defaults(run=_plan)
 
     sample = commands.add_parser("sample", help="answer one prompt")
     sample.add_argument("prompt", help="what the user says")
@@ -62,6 +79,20 @@ def _parser():
     replay.add_argument("--token-budget", type=int, default=4096)
     replay.add_argument("--out", default="replay", help="folder for replay.json and replay.png")
     replay.set_defaults(run=_replay)
+
+    export = commands.add_parser("export", help="a run's adapter as a folder in PEFT's format")
+    export.add_argument("run_folder", metavar="RUN", help="folder of a run, finished or not")
+    export.add_argument("--out", required=True, help="folder to write")
+    export.add_argument(
+        "--step", type=int, metavar="N", help="of the checkpoint of step N; default: the last"
+    )
+    export.set_defaults(run=_export)
+
+    bench = commands.add_parser(
+        "bench", help="time the kernels and their peers; needs a checkout and pytest-benchmark"
+    )
+    bench.add_argument("operations", nargs="*", metavar="OPERATION", help="linear_logprob, ...; default: all")
+    bench.set_defaults(run=_bench)
 
     verify = commands.add_parser("verify", help="our losses beside another library's, on the same tensors")
     verify.add_argument("--against", required=True, help="trl, liger or verl")
@@ -141,19 +172,76 @@ def _verify(arguments):
     return run(arguments.against)
 
 
-def _train(arguments):
-    from .run import Run
+def _export(arguments):
+    from .export import export_adapter
 
+    step = export_adapter(arguments.run_folder, arguments.out, arguments.step)
+    print(f"adapter after step {step}: {arguments.out}")
+    return 0
+
+
+def _bench(arguments):
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    files = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
+    if not files:
+        raise ValueError(
+            f"bench runs the benchmark files of a checkout, and there are none in {folder}: clone the repository "
+            "and install it with pip install -e"
+        )
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise ValueError(
+            "bench needs pytest and pytest-benchmark: pip install pytest-benchmark, or make bench"
+        )
+    for name in arguments.operations:
+        if name not in files:
+            raise ValueError(f"unknown operation {name!r}, expected some of {', '.join(files)}")
+    chosen = [str(files[name]) for name in arguments.operations or files]
+    print(
+        f"{len(chosen)} benchmark files; peers that are not installed are left out, make bench installs them"
+    )
+    # From the benchmarks' folder: from the root, ``kernels`` would stand before Hugging Face's package of that name.
+    return subprocess.run([sys.executable, "-m", "pytest", *chosen], cwd=folder).returncode
+
+
+def _settings(arguments):
+    """The settings of a run that were given on the command line."""
     names = [field.name for field in dataclasses.fields(GRPOConfig)]
-    settings = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-    if arguments.resume:
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def _plan(arguments):
+    from .memory import plan_report
+    from .trainer import describe
+
+    config = GRPOConfig(**_settings(arguments))
+    model, prompt_length = describe(config)
+    print("\n".join(plan_report(model, config, arguments.prompt_length or prompt_length, arguments.card)))
+    return 0
+
+
+def _train(arguments):
+    from .distributed import launched
+    from .run import Run, read_config
+
+    settings = _settings(arguments)
+    resumed = arguments.resume
+    if resumed:
+        steps = settings.pop("steps", None)
         if settings:
             flag = next(iter(settings)).replace("_", "-")
-            raise ValueError(f"--resume takes all settings from the run; drop --{flag}")
-        run = Run.resume(arguments.resume)
+            raise ValueError(f"--resume takes all settings but --steps from the run; drop --{flag}")
+        device = read_config(resumed).device
+    elif arguments.resume_step is not None:
+        raise ValueError("--resume-step goes with --resume")
     else:
-        run = Run.create(GRPOConfig(**settings))
-    run.train()
+        config = GRPOConfig(**settings)
+        device = config.device
+    with launched(device) as ranks:
+        if resumed:
+            run = Run.resume(resumed, steps=steps, from_step=arguments.resume_step, ranks=ranks)
+        else:
+            run = Run.create(config, ranks=ranks)
+        run.train()
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .advantages import ESTIMATORS
 from .algorithms import ALGORITHMS, find_algorithm
+from .optimizer import OPTIMIZERS
 from .rewards import REWARDS, parse_rewards
 from .tasks import TASKS, find_task
 
@@ -26,9 +27,16 @@ class GRPOConfig:
     model: str | None = setting(
         None, "hub name, folder or .gguf file; default: the packaged SmolLM2-135M-Instruct"
     )
+    random_weights: str | None = setting(
+        None,
+        "instead of a model, a published shape with random weights, to measure: qwen2.5-1.5b, phi-4, ...",
+    )
     task: str = setting("larger", f"what to learn: {', '.join(TASKS)}")
     rewards: str = setting("format:0.2,correct:0.8", f"name:weight, ...; names: {', '.join(REWARDS)}")
     reward_timeout: float = setting(60.0, "seconds that one call of a reward function may take")
+    reward_processes: int = setting(
+        0, "processes that call the reward functions and can be killed; 0: threads of this one"
+    )
     steps: int | None = setting(None, "optimiser steps; default: what the task takes")
     group_size: int = setting(8, "completions a prompt (G)")
     prompts_per_step: int = setting(8, "prompts a step")
@@ -58,6 +66,7 @@ class GRPOConfig:
     value_coef: float = setting(0.1, "weight of the value loss (ppo)")
     value_clip: float = setting(0.2, "a value may move this far a step (ppo)")
     dpo_beta: float = setting(0.1, "weight of the drift from the base model in a preference (online_dpo)")
+    optimizer: str = setting("adamw", f"{' or '.join(OPTIMIZERS)} (from bitsandbytes)")
     num_iterations: int = setting(1, "optimiser steps on each batch of rollouts")
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: float = setting(32.0, "adapters are scaled by alpha / r")
@@ -67,6 +76,9 @@ class GRPOConfig:
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     token_budget: int = setting(4096, "packed tokens a micro-batch; lower it to save memory")
     share_prefix: bool = setting(True, "compute what sequences have in common once in training")
+    checkpoint_layers: bool | None = setting(
+        None, "keep a layer's input alone and compute it again in the backward pass; default: on cuda"
+    )
     held_out: int = setting(200, "held-out questions that measure the result")
     seed: int = setting(0, "of data, adapters and sampling")
     device: str | None = setting(None, "cpu or cuda; default: cuda where there is one")
@@ -74,8 +86,16 @@ class GRPOConfig:
         None, "float32, bfloat16 or float16; default: bfloat16 on cuda, float32 on the CPU"
     )
     quantize: str | None = setting(None, "4-bit format of the frozen linears: nf4 or int4; default: dense")
-    vram_limit: float | None = setting(None, "GiB of GPU memory that the process may take; default: no limit")
+    vram_limit: float | None = setting(
+        None, "GiB of the card that the process may take, CUDA's own included; default: no limit"
+    )
+    kv_memory: float | None = setting(
+        None, "GiB for keys and values while sampling; default: what a step needs"
+    )
+    save_every: int = setting(1, "steps between checkpoints")
+    keep_checkpoints: int = setting(2, "checkpoints that are kept, the last ones")
     save_batches: bool = setting(False, "keep the rollouts of every step, to be replayed")
+    tensorboard: bool = setting(False, "write the metrics as TensorBoard files too")
     out: str | None = setting(None, "run folder; default: runs/TASK-seedSEED")
 
     def __post_init__(self):
@@ -83,6 +103,14 @@ class GRPOConfig:
         if self.steps is None:
             object.__setattr__(self, "steps", task.steps)
         parse_rewards(self.rewards)
+        if self.random_weights is not None:
+            if self.model is not None:
+                raise ValueError(
+                    f"model and random_weights exclude each other, got {self.model!r} and {self.random_weights!r}"
+                )
+            from ..rollout.random_weights import find_shape  # here: the settings alone need no model's code
+
+            find_shape(self.random_weights)
         algorithm = find_algorithm(self.algorithm)
         for name in ("estimator", "kl_place"):
             if getattr(self, name) is None:
@@ -107,6 +135,9 @@ class GRPOConfig:
             "value_coef": 0,
             "token_budget": 1,
             "held_out": 1,
+            "save_every": 1,
+            "keep_checkpoints": 1,
+            "reward_processes": 0,
             "seed": 0,
         }
         for name, low in at_least.items():
@@ -135,7 +166,12 @@ class GRPOConfig:
             raise ValueError(
                 f"estimator of {self.algorithm} must be one of {', '.join(fitting)}, got {self.estimator!r}"
             )
-        for name, choices in (("kl_place", ("loss", "reward")), ("truncated", ("keep", "mask", "drop"))):
+        choices_of = {
+            "kl_place": ("loss", "reward"),
+            "truncated": ("keep", "mask", "drop"),
+            "optimizer": OPTIMIZERS,
+        }
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("gamma", "gae_lambda"):
@@ -155,8 +191,9 @@ class GRPOConfig:
             raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
-        if self.vram_limit is not None and not self.vram_limit > 0:
-            raise ValueError(f"vram_limit must be a positive number of GiB, got {self.vram_limit}")
+        for name in ("vram_limit", "kv_memory"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be a positive number of GiB, got {getattr(self, name)}")
 
     def loss_config(self):
         """The ``LossConfig`` of the algorithm, with this run's KL term and length."""

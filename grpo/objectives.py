@@ -12,7 +12,9 @@ import torch.nn.functional as F
 
 from ..rollout import split_by_budget
 from .advantages import gae_advantages, group_advantages, group_has_signal, multi_reward_advantages, whiten
+from .distributed import Ranks
 from .loss import kl_penalty, kl_reward_penalty, loss_denominator, policy_loss
+from .measurement import unmeasured
 
 
 @dataclass
@@ -56,11 +58,13 @@ class PolicyObjective:
 
     unit = 1  # sequences that a micro-batch must hold together
 
-    def __init__(self, policy, config):
+    def __init__(self, policy, config, ranks=None):
         self.policy = policy
         self.config = config
+        self.ranks = ranks or Ranks()
         self.loss_config = config.loss_config()
         self.token_budget = config.token_budget
+        self.meter = unmeasured  # the step's StepMeter
 
     def named_parameters(self):
         """Trainable parameters besides the adapters: none."""
@@ -97,8 +101,9 @@ class PolicyObjective:
         if self.loss_config.kl_place != "reward" or self.loss_config.kl_coef == 0:
             return None, {}
         mask = batch.padded_mask()
-        scored = batch.padded((self.measured(batch, self.score) if scored is None else scored).cpu())
-        reference = batch.padded(self.reference(batch).cpu())
+        scored = batch.padded(self.measured_by_all(batch, self.score) if scored is None else scored)
+        with self.policy.disable_adapters():
+            reference = batch.padded(self.measured_by_all(batch, self.score))
         k3 = kl_penalty(scored, reference, "k3")[mask]
         penalty = kl_reward_penalty(scored, reference, mask, self.loss_config)
         return penalty, {"kl": k3.mean().item()}
@@ -147,9 +152,30 @@ class PolicyObjective:
         runs = split_by_budget(batch.sequences(), self.token_budget, share_prefix=self.config.share_prefix)
         return torch.cat([score(batch.select(rows)) for rows in runs])
 
+    def measured_by_all(self, batch, score):
+        """``measured`` on the CPU, each rank its share of the groups and as much at once as its memory holds."""
+        mine, local = batch.select(self.ranks.rows(batch)), None
+        if len(mine):
+            local = self.within_memory(mine, lambda: self.measured(mine, score)).cpu()
+        found = [part for part in self.ranks.gather(local) if part is not None]
+        return torch.cat(found)
+
+    def within_memory(self, batch, work):
+        """``work()``; out of memory, again with half the token budget, which changes results by rounding alone."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                longest = max(map(len, batch.sequences())) * self.unit
+                smaller = max(longest, self.token_budget // 2)
+                if smaller >= self.token_budget:
+                    raise
+                self.token_budget = smaller
+            torch.cuda.empty_cache()
+
     def reference(self, batch):
         """(N,) log-probs under the base model, without gradients."""
-        with self.policy.disable_adapters():
+        with self.meter("scoring"), self.policy.disable_adapters():
             return self.measured(batch, self.score)
 
 
@@ -160,8 +186,8 @@ class PPOObjective(PolicyObjective):
     A completion's reward comes with its last token; a KL penalty in the reward comes token by token.
     """
 
-    def __init__(self, policy, config):
-        super().__init__(policy, config)
+    def __init__(self, policy, config, ranks=None):
+        super().__init__(policy, config, ranks)
         # From zero: the first advantages are those of the rewards themselves.
         weight = torch.zeros(policy.config.hidden_size + 1, device=policy.device)
         self.value_weight = torch.nn.Parameter(weight)
@@ -179,7 +205,7 @@ class PPOObjective(PolicyObjective):
         if self.config.truncated != "keep":
             learn = ~batch.truncated
         mask = batch.padded_mask()
-        scored = self.measured(batch, lambda rows: torch.stack(self._score_with_values(rows), 1)).cpu()
+        scored = self.measured_by_all(batch, lambda rows: torch.stack(self._score_with_values(rows), 1))
         penalty, metrics = self.token_penalty(batch, scored[:, 0])
         rewards = torch.zeros(mask.shape) if penalty is None else -penalty
         rewards[torch.arange(len(batch)), batch.completion_lengths() - 1] += batch.rewards

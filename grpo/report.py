@@ -1,4 +1,6 @@
-"""What a run shows: a row a step while it runs, and its curves as a picture."""
+"""What a run shows: a row a step while it runs, its curves as a picture, and TensorBoard files."""
+
+import importlib
 
 COLUMNS = ("Step", "Training Loss", "reward", "reward_std", "completion_length", "kl")
 
@@ -31,3 +33,15 @@ def plot_curves(history, path, title):
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def open_tensorboard(folder, step):
+    """A writer of TensorBoard files under ``folder``/tensorboard that goes on after ``step``; has ``add_scalar``.
+
+    Raises ValueError where the tensorboard package is not installed.
+    """
+    try:
+        library = importlib.import_module("torch.utils.tensorboard")
+    except ImportError as error:
+        raise ValueError(f"--tensorboard needs the package: pip install tensorboard ({error})") from error
+    return library.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

@@ -1,7 +1,9 @@
 """Reward functions called side by side, each within a time limit."""
 
 import contextlib
+import faulthandler
 import queue
+import sys
 import threading
 import time
 
@@ -9,6 +11,8 @@ from .rewards import RewardError
 
 WORKERS = 8
 PATIENCE = 0.5  # seconds between looks at the clock
+GRACE = 10.0  # seconds past the limit after which nothing but a held interpreter explains the silence
+LONGEST = 1e6  # seconds that the watchdog can count
 
 
 def score(rewards, pairs, *, timeout):
@@ -17,8 +21,10 @@ def score(rewards, pairs, *, timeout):
     At most ``WORKERS`` calls run at once, in threads, which suits functions that wait for something (a request, a
     subprocess); pure Python ones take turns as ever. Raises RewardError with the function and the completion for the
     first call, in order, that raised or returned no finite number, and for one that took more than ``timeout``
-    seconds. That one's thread is left behind and does not keep the process from ending; code that never lets go of
-    the interpreter, such as one endless regular expression, cannot be timed from within.
+    seconds. That one's thread is left behind and does not keep the process from ending. Code that never lets go of
+    the interpreter, such as one endless regular expression, cannot be interrupted or even timed by another thread: a
+    watchdog outside the interpreter ends the process ``GRACE`` seconds past the limit, with the stack of every thread
+    on stderr. ``RewardProcesses`` can end such a call alone.
     """
     calls = [(reward, completion, example) for completion, example in pairs for reward in rewards]
     waiting, finished, began, outcomes = queue.SimpleQueue(), queue.SimpleQueue(), {}, {}
@@ -39,10 +45,12 @@ def score(rewards, pairs, *, timeout):
             except RewardError as error:
                 finished.put((index, error))
 
+    _watch(timeout + GRACE)  # before any thread can keep the interpreter
     for _ in range(min(WORKERS, len(calls))):
         threading.Thread(target=work, daemon=True).start()
     try:
         while len(outcomes) < len(calls):
+            _watch(timeout + GRACE)
             with contextlib.suppress(queue.Empty):
                 index, outcome = finished.get(timeout=min(timeout, PATIENCE))
                 outcomes[index] = outcome
@@ -57,6 +65,13 @@ def score(rewards, pairs, *, timeout):
             if isinstance(outcomes[index], RewardError):
                 raise outcomes[index]
     finally:
+        faulthandler.cancel_dump_traceback_later()
         stop.set()
     values = iter(outcomes[index] for index in range(len(calls)))
     return [[next(values) for _ in rewards] for _ in pairs]
+
+
+def _watch(seconds):
+    """End the process in ``seconds``, unless asked again before; nothing where there is no stderr to write to."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        faulthandler.dump_traceback_later(min(seconds, LONGEST), exit=True, file=sys.__stderr__)

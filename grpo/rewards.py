@@ -61,15 +61,26 @@ async def _awaited(value):
     return await value
 
 
+@dataclass(frozen=True)
+class SoftOverlong:
+    """What ``soft_overlong`` returns: an object, since a nested function would not pickle."""
+
+    max_length: int
+    buffer: int
+    __name__ = "soft_overlong"
+
+    def __post_init__(self):
+        if not 0 < self.buffer <= self.max_length:
+            raise ValueError(f"overlong buffer must be from 1 to {self.max_length} tokens, got {self.buffer}")
+
+    def __call__(self, completion, example):
+        excess = len(completion.token_ids) - (self.max_length - self.buffer)
+        return -max(0.0, excess / self.buffer)
+
+
 def soft_overlong(max_length, buffer):
     """Reward function of DAPO (arXiv 2503.14476, eq. 13): 0 up to max_length - buffer tokens, then down to -1."""
-    if not 0 < buffer <= max_length:
-        raise ValueError(f"overlong buffer must be from 1 to {max_length} tokens, got {buffer}")
-
-    def soft_overlong_punishment(completion, example):
-        return -max(0.0, (len(completion.token_ids) - (max_length - buffer)) / buffer)
-
-    return soft_overlong_punishment
+    return SoftOverlong(max_length, buffer)
 
 
 def parse_rewards(text):

@@ -1,17 +1,29 @@
 """One GRPO step after another: rollout, rewards, advantages, micro-batches, update."""
 
-import contextlib
 import math
-import time
 from dataclasses import replace
 
 import torch
 
-from ..rollout import LoraConfig, Policy, Sampler, SamplingParams, split_by_budget
+from ..rollout import (
+    LoraConfig,
+    Policy,
+    Sampler,
+    SamplingParams,
+    open_checkpoint,
+    resolve_checkpoint,
+    split_by_budget,
+)
+from ..rollout.random_weights import find_shape, random_policy
 from .algorithms import find_algorithm
+from .distributed import Ranks, seed_from
 from .loss import kl_penalty
+from .measurement import StepMeter, unmeasured
+from .memory import check_fits, limit_vram
 from .objectives import OBJECTIVES, has_signal
+from .optimizer import make_optimizer
 from .reward_pool import score
+from .reward_processes import RewardProcesses
 from .rewards import WeightedReward, parse_rewards, soft_overlong, total_reward
 from .rollout_batch import RolloutBatch
 from .tasks import find_task
@@ -24,9 +36,15 @@ class GRPOTrainer:
     goes on as if it had never stopped.
     """
 
-    def __init__(self, config, policy=None, *, task=None, rewards=None):
-        """policy: default loaded from the config; task: a ``Task``; rewards: list of ``WeightedReward``."""
+    def __init__(self, config, policy=None, *, task=None, rewards=None, ranks=None):
+        """policy: default loaded from the config; task: a ``Task``; rewards: list of ``WeightedReward``; ranks: the
+        processes that train together, default this one alone."""
         self.config = config
+        self.ranks = ranks or Ranks()
+        if config.prompts_per_step < self.ranks.world:
+            raise ValueError(
+                f"prompts_per_step must be at least the {self.ranks.world} ranks, got {config.prompts_per_step}"
+            )
         self.policy = policy or load_policy(config)
         self.task = task or find_task(config.task)
         self.rewards = list(rewards or parse_rewards(config.rewards))
@@ -34,13 +52,20 @@ class GRPOTrainer:
             punishment = soft_overlong(config.max_completion_length, config.overlong_buffer)
             self.rewards.append(WeightedReward(punishment, 1.0))
         self.train_sets, self.held_out_sets = self.task.split(config.held_out)
-        self.sampler = Sampler(self.policy, max_batch=config.prompts_per_step * config.group_size)
-        self.objective = OBJECTIVES[find_algorithm(config.algorithm).objective](self.policy, config)
-        self.optimizer = torch.optim.AdamW(
-            self.named_parameters().values(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        self.sampler = Sampler(
+            self.policy,
+            max_batch=len(self.ranks.part(config.prompts_per_step)) * config.group_size,
+            kv_memory=None if config.kv_memory is None else int(config.kv_memory * 2**30),
         )
+        objective = OBJECTIVES[find_algorithm(config.algorithm).objective]
+        self.objective = objective(self.policy, config, self.ranks)
+        if self.objective.loss_config.denominator_scope == "micro-batch" and self.ranks.world > 1:
+            raise ValueError(f"{config.algorithm} divides by its own micro-batches and has no sum over ranks")
+        self.reward_processes = RewardProcesses(config.reward_processes) if config.reward_processes else None
+        self.optimizer = make_optimizer(config.optimizer, self.named_parameters().values(), config.lr)
         self.step_count = 0
         self.batch = None  # the rollouts of the last step
+        self.meter = unmeasured  # a StepMeter within a step
 
     def named_parameters(self):
         """Dict of everything that is trained: the live adapters by PEFT's names, then what the objective adds."""
@@ -49,20 +74,25 @@ class GRPOTrainer:
     def step(self):
         """One step of the algorithm; returns its metrics, a flat dict of numbers."""
         step = self.step_count + 1
-        clock = _Clock(self.policy.device)
-        with clock("rollout"):
-            batch, sampled = self.collect(step)
-        with clock("prepare"):
-            trained, prepared = self._within_memory(batch, lambda: self.objective.prepare(batch))
+        self.meter = self.objective.meter = StepMeter(self.policy.device)
+        self.optimizer.zero_grad(set_to_none=True)  # the last step's gradients make room for the rollout
+        batch, sampled = self.collect(step)
+        with self.meter("scoring"):
+            trained, prepared = self.objective.prepare(batch)
+        trained = trained.select(self.ranks.rows(trained))
         metrics = {}
-        with clock("train"):
-            for iteration in range(self.config.num_iterations):
-                metrics = self._update(trained, step, first=metrics if iteration else None)
-        with clock("measure"):
+        for iteration in range(self.config.num_iterations):
+            metrics = self._update(trained, step, first=metrics if iteration else None)
+        with self.meter("scoring"):
             if "kl" not in metrics | prepared:
                 prepared["kl"] = self._measure_kl(batch)
         self.step_count, self.batch = step, batch
-        return {"step": step, **sampled, **prepared, **metrics, **clock.seconds}
+        return {"step": step, **sampled, **prepared, **metrics, **self.meter.metrics()}
+
+    def close(self):
+        """End the processes that score, where there are any; the next step starts new ones."""
+        if self.reward_processes:
+            self.reward_processes.close()
 
     def collect(self, step):
         """The rollouts of ``step`` and what was seen of them: (``RolloutBatch``, dict of metrics).
@@ -99,21 +129,27 @@ class GRPOTrainer:
         config = self.config
         key = f"{config.seed}/{step}" + (f"/{number}" if number else "")
         examples = self.task.draw(self.train_sets, config.prompts_per_step, key)
+        mine = self.ranks.part(len(examples))
+        examples = examples[mine.start : mine.stop]
         prompts = [self.policy.tokenizer.apply_chat_template(list(e.messages)) for e in examples]
         params = SamplingParams(
             max_tokens=config.max_completion_length,
             temperature=config.temperature,
-            seed=config.seed * 1_000_003 + step + (number << 40),
+            seed=seed_from(config.seed * 1_000_003 + step + (number << 40), mine.start),
         )
-        groups = self.sampler.generate(prompts, params, group_size=config.group_size)
+        with self.meter("rollout"):
+            groups = self.sampler.generate(prompts, params, group_size=config.group_size)
         # Reward functions get copies: what they do to a completion must not reach the batch.
         copy = lambda c: replace(c, token_ids=list(c.token_ids), logprobs=list(c.logprobs))
         pairs = [(copy(c), e) for e, group in zip(examples, groups, strict=True) for c in group]
-        terms = score(self.rewards, pairs, timeout=config.reward_timeout)
+        with self.meter("reward"):
+            score_all = self.reward_processes.score if self.reward_processes else score
+            terms = score_all(self.rewards, pairs, timeout=config.reward_timeout)
         rewards = torch.tensor([total_reward(self.rewards, row) for row in terms])
         weights = torch.tensor([reward.weight for reward in self.rewards])
         terms = torch.tensor([[math.nan if value is None else value for value in row] for row in terms])
-        return RolloutBatch.from_groups(prompts, groups, rewards, terms, weights, config.temperature)
+        batch = RolloutBatch.from_groups(prompts, groups, rewards, terms, weights, config.temperature)
+        return RolloutBatch.cat(self.ranks.gather(batch))
 
     def _update(self, batch, step, first=None):
         """One optimiser step over ``batch``; returns its metrics. A loss or gradient that is not finite is no step.
@@ -121,8 +157,11 @@ class GRPOTrainer:
         ``first``: metrics of the first update on this batch, None when this is it.
         """
         on_policy = first is None
-        totals = self._within_memory(batch, lambda: self._run_micro_batches(batch, on_policy))
+        work = lambda: self._run_micro_batches(batch, on_policy)
+        totals = _joined(self.ranks.gather(self.objective.within_memory(batch, work)))
         parameters = list(self.named_parameters().values())
+        if totals["trained_tokens"]:
+            self.ranks.sum_gradients(parameters)
         totals["grad_norm"] = 0.0
         if any(parameter.grad is not None for parameter in parameters):
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
@@ -134,7 +173,8 @@ class GRPOTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = totals["lr"]
         if finite:
-            self.optimizer.step()
+            with self.meter("optimizer"):
+                self.optimizer.step()
         if first is not None:  # the sampler is compared with the policy that sampled
             keep = ("sampler_logprob_diff_max", "sampler_logprob_diff_mean")
             totals.update({name: first[name] for name in keep})
@@ -145,24 +185,12 @@ class GRPOTrainer:
         """Packed tokens a micro-batch: the config's, or less after running out of memory."""
         return self.objective.token_budget
 
-    def _within_memory(self, batch, work):
-        """``work()``; out of memory, again with half the token budget, which changes results by rounding alone."""
-        while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError:
-                longest = max(map(len, batch.sequences())) * self.objective.unit
-                smaller = max(longest, self.token_budget // 2)
-                if smaller >= self.token_budget:
-                    raise
-                self.objective.token_budget = smaller
-            torch.cuda.empty_cache()
-
     def _run_micro_batches(self, batch, on_policy):
         self.optimizer.zero_grad(set_to_none=True)
         tokens = int(batch.completion_mask.sum())
         totals = {"loss": 0.0, "sampler_logprob_diff_max": 0.0, "trained_tokens": tokens}
-        difference_sum, kl_sum, scored = 0.0, None, []
+        totals |= {"difference_sum": 0.0, "kl_sum": None}
+        scored = []
         runs = split_by_budget(
             batch.sequences(),
             self.token_budget,
@@ -171,24 +199,22 @@ class GRPOTrainer:
         )
         for rows in runs:
             micro = batch.select(rows)
-            out = self.objective.micro_loss(micro, on_policy=on_policy, micro_batches=len(runs))
-            out.loss.backward()
+            with self.meter("forward"):
+                out = self.objective.micro_loss(micro, on_policy=on_policy, micro_batches=len(runs))
+            with self.meter("backward"):
+                out.loss.backward()
             totals["loss"] += out.loss.item()
             if out.kl is not None:
-                kl_sum = (kl_sum or 0.0) + out.kl
+                totals["kl_sum"] = (totals["kl_sum"] or 0.0) + out.kl
             scored.append(micro.unpadded(out.logprobs.cpu()))
             # Outside the completions both are 0.
             difference = (out.logprobs.cpu() - micro.padded(micro.sampler_logprobs)).abs()
             largest = max(totals["sampler_logprob_diff_max"], difference.max().item())
             totals["sampler_logprob_diff_max"] = largest
-            difference_sum += difference.sum().item()
+            totals["difference_sum"] += difference.sum().item()
         if on_policy and runs:
             batch.per_token["old_logprobs"] = torch.cat(scored)  # what later iterations are compared with
-        totals["sampler_logprob_diff_mean"] = difference_sum / max(1, tokens)
-        totals["token_budget"] = self.token_budget
-        if kl_sum is not None:
-            totals["kl"] = kl_sum / max(1, tokens)
-        return totals
+        return totals | {"token_budget": self.token_budget}
 
     @torch.no_grad()
     def _measure_kl(self, batch):
@@ -198,41 +224,49 @@ class GRPOTrainer:
         return penalty[group.completion_mask].mean().item()
 
 
+def _joined(parts):
+    """The metrics of an update from what each rank's micro-batches came to."""
+    tokens = sum(part["trained_tokens"] for part in parts)
+    kl = [part["kl_sum"] for part in parts if part["kl_sum"] is not None]
+    joined = {
+        "loss": math.fsum(part["loss"] for part in parts),
+        "trained_tokens": tokens,
+        "token_budget": min(part["token_budget"] for part in parts),
+        "sampler_logprob_diff_max": max(part["sampler_logprob_diff_max"] for part in parts),
+        "sampler_logprob_diff_mean": sum(part["difference_sum"] for part in parts) / max(1, tokens),
+    }
+    return joined | ({"kl": sum(kl) / max(1, tokens)} if kl else {})
+
+
+def describe(config):
+    """(``ModelConfig``, tokens of the longest prompt) of a run, for ``plan_memory``; no weight is read."""
+    checkpoint = open_checkpoint(resolve_checkpoint(config.model))
+    model = checkpoint.config
+    if config.random_weights is not None:
+        _, model = find_shape(config.random_weights)
+    task = find_task(config.task)
+    examples = task.draw(task.split(config.held_out)[0], 64, "lengths")
+    prompts = [checkpoint.tokenizer.apply_chat_template(list(e.messages)) for e in examples]
+    return model, max(map(len, prompts))
+
+
 def load_policy(config):
     """The policy that ``config`` names, with fresh adapters."""
     if config.vram_limit is not None:
         limit_vram(config)
-    return Policy.load(
-        config.model,
-        quantize=config.quantize,
-        lora=LoraConfig(r=config.lora_r, alpha=config.lora_alpha),
-        device=config.device,
-        dtype=None if config.dtype is None else getattr(torch, config.dtype),
-        seed=config.seed,
-    )
-
-
-def limit_vram(config):
-    """Make the allocator refuse more than ``vram_limit`` GiB of the GPU's memory."""
-    if not torch.cuda.is_available() or (config.device or "cuda").split(":")[0] != "cuda":
-        raise ValueError("vram_limit needs a CUDA device, and this run is on the CPU")
-    index = torch.device(config.device or "cuda").index
-    index = torch.cuda.current_device() if index is None else index
-    total = torch.cuda.get_device_properties(index).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, config.vram_limit * 2**30 / total), index)
-
-
-class _Clock:
-    """Seconds by phase, with the device's work finished at the end of each."""
-
-    def __init__(self, device):
-        self.device = device
-        self.seconds = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase):
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[f"seconds_{phase}"] = time.perf_counter() - start
+        model, prompt_length = describe(config)
+        check_fits(model, config, prompt_length)
+    settings = {
+        "quantize": config.quantize,
+        "lora": LoraConfig(r=config.lora_r, alpha=config.lora_alpha),
+        "device": config.device,
+        "dtype": None if config.dtype is None else getattr(torch, config.dtype),
+        "seed": config.seed,
+    }
+    if config.random_weights is not None:
+        policy = random_policy(config.random_weights, **settings)
+    else:
+        policy = Policy.load(config.model, **settings)
+    checkpoint = config.checkpoint_layers
+    policy.model.checkpoint_layers = policy.device.type == "cuda" if checkpoint is None else checkpoint
+    return policy

@@ -1,12 +1,20 @@
 """Checkpoints of a run: whole, named when damaged, and resumed bit for bit."""
 
+import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from nanogrpo.grpo.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from nanogrpo.grpo.checkpoint import (
+    choose_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from nanogrpo.rollout import LoraConfig
-from tiny_run import adapters, tiny_trainer
+from tiny_run import adapters, environment, tiny_trainer
 
 
 def save(trainer, folder, **options):
@@ -121,6 +129,30 @@ def test_a_missing_file_is_named(saved, name):
         load(tiny_trainer(), saved[1])
 
 
+def test_eight_bit_moments(tmp_path):
+    trainer = tiny_trainer(optimizer="adamw8bit")
+    trainer.policy.add_adapters(LoraConfig(r=128, alpha=4))  # 4,096 values and more, some of the tensors
+    trainer = type(trainer)(trainer.config, trainer.policy, rewards=trainer.rewards)
+    trainer.step()
+    save(trainer, tmp_path)
+    fresh = tiny_trainer(optimizer="adamw8bit")
+    fresh.policy.add_adapters(LoraConfig(r=128, alpha=4))
+    fresh = type(fresh)(fresh.config, fresh.policy, rewards=fresh.rewards)
+    load(fresh, list_checkpoints(tmp_path)[-1])
+    kinds = set()
+    for ours, theirs in zip(
+        trainer.named_parameters().values(), fresh.named_parameters().values(), strict=True
+    ):
+        a, b = trainer.optimizer.state[ours], fresh.optimizer.state[theirs]
+        assert a.keys() == b.keys() and a["step"] == b["step"] == 1
+        assert all(torch.equal(a[k], b[k]) for k in a if k != "step")
+        kinds.add(a["state1"].dtype)
+    assert kinds == {torch.uint8, torch.float32}
+    trainer.step()
+    fresh.step()
+    assert_same(adapters(trainer), adapters(fresh))
+
+
 def test_another_rank_is_refused(saved):
     other = tiny_trainer()
     other.policy.add_adapters(LoraConfig(r=3, alpha=4))
@@ -160,6 +192,8 @@ def test_tampered_moments_are_refused_before_anything_changes(saved, change, mes
     tensors = load_file(saved[1] / "state.safetensors")
     change(tensors)
     save_file(tensors, saved[1] / "state.safetensors")
+    digest = hashlib.sha256((saved[1] / "state.safetensors").read_bytes()).hexdigest()
+    (saved[1] / "state.json").write_text(json.dumps({"step": 1, "sha256": digest}))
     fresh = tiny_trainer()
     before = adapters(fresh)
     with pytest.raises(ValueError, match=f"step-000001.*{message}"):
@@ -174,4 +208,73 @@ def test_no_pickle(saved):
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     assert max(t["data_offsets"][1] for t in header.values() if "data_offsets" in t) == len(data) - 8 - length
-    assert json.loads((saved[1] / "state.json").read_text()) == {"step": 1}
+    digest = hashlib.sha256(data).hexdigest()
+    assert json.loads((saved[1] / "state.json").read_text()) == {"step": 1, "sha256": digest}
+
+
+@pytest.mark.parametrize("where", [0.3, 0.6, 0.999])
+def test_one_changed_bit_is_seen(saved, where):
+    """In the tensors' bytes, which the file's own format does not check."""
+    file = saved[1] / "state.safetensors"
+    data = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start + int(where * (len(data) - start))] ^= 16
+    file.write_bytes(data)
+    fresh = tiny_trainer()
+    before = adapters(fresh)
+    with pytest.raises(ValueError, match="step-000001 is damaged: state.safetensors is not what was written"):
+        load(fresh, saved[1])
+    assert_same(before, adapters(fresh))
+
+
+def test_a_damaged_checkpoint_names_the_one_before_it(saved, tmp_path):
+    trainer, first = saved
+    trainer.step()
+    save(trainer, tmp_path)
+    last = choose_checkpoint(tmp_path)
+    (last / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="step-000002 is damaged.*the one before it.*--resume-step 1$"):
+        load(tiny_trainer(), last)
+    assert choose_checkpoint(tmp_path, 1) == first
+    with pytest.raises(ValueError, match="no checkpoint of step 7, only step-000001, step-000002"):
+        choose_checkpoint(tmp_path, 7)
+
+
+# Files of this process may not grow beyond what it says: what a full disk does, without one.
+DISK_FULL = """
+import resource, sys
+import tiny_run
+from nanogrpo.grpo.checkpoint import save_checkpoint
+trainer = tiny_run.tiny_trainer()
+def save():
+    save_checkpoint(sys.argv[1], trainer.step_count, trainer.named_parameters(), trainer.optimizer)
+trainer.step()
+save()
+trainer.step()
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+try:
+    save()
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("space", [0, 1000, 20000])
+def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, space):
+    done = subprocess.run(
+        [sys.executable, "-c", DISK_FULL, str(tmp_path), str(space)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step-000002 could not be written" in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+    load(tiny_trainer(), tmp_path / "step-000001")
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(OSError, match="step-000000 could not be written"):
+        save(tiny_trainer(), tmp_path / "checkpoints")

@@ -52,6 +52,11 @@ BAD = [
     ({"quantize": "int8"}, "quantize must be nf4 or int4, got 'int8'"),
     ({"dtype": "float64"}, "dtype must be float32, bfloat16 or float16, got 'float64'"),
     ({"device": "gpu"}, "device must be cpu or cuda, got 'gpu'"),
+    ({"kv_memory": 0.0}, "kv_memory must be a positive number of GiB, got 0.0"),
+    ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw8bit, got 'sgd'"),
+    ({"save_every": 0}, "save_every must be at least 1"),
+    ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
+    ({"reward_processes": -1}, "reward_processes must be at least 0"),
     ({"vram_limit": 0.0}, "vram_limit must be a positive number of GiB, got 0.0"),
 ]
 

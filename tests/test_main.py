@@ -1,13 +1,18 @@
 """The command line: its flags, its output, and errors of one line."""
 
 import dataclasses
+import json
 import struct
+import subprocess
 
 import pytest
+import torch
 from nanogrpo.grpo import GRPOConfig
 from nanogrpo.grpo.__main__ import main
+from nanogrpo.grpo.rewards import REWARDS
 from nanogrpo.rollout import Policy
-from tiny_run import install, settings, tiny_policy
+from safetensors.torch import load_file
+from tiny_run import install, odd, settings, tiny_policy
 
 
 @pytest.fixture
@@ -46,7 +51,7 @@ def test_flags_are_typed(monkeypatch):
 
     class Recorder:
         @staticmethod
-        def create(config):
+        def create(config, **options):
             seen.append(config)
             return Recorder
 
@@ -72,6 +77,8 @@ def test_flags_are_typed(monkeypatch):
         (["--lr", "0"], "lr must be greater than 0"),
         (["--device", "gpu"], "device must be cpu or cuda, got 'gpu'"),
         (["--vram-limit", "1", "--device", "cpu"], "vram_limit needs a CUDA device"),
+        (["--random-weights", "phi-5"], "unknown shape 'phi-5'; nearest is 'phi-4'"),
+        (["--random-weights", "phi-4", "--model", "x/y"], "model and random_weights exclude each other"),
         (["--model", "./no-such-model"], "'./no-such-model' does not exist"),
         (["--model", "no-such.gguf"], "'no-such.gguf' does not exist"),
     ],
@@ -104,8 +111,42 @@ def test_train_and_resume(tiny, capsys, tmp_path):
     assert "held-out accuracy after:" in printed.out and printed.err == ""
     assert "holds another run" in refused(capsys, "train", *flags(out=out))
     message = refused(capsys, "train", "--resume", out, "--lr", "0.5")
-    assert "--resume takes all settings from the run; drop --lr" in message
+    assert "--resume takes all settings but --steps from the run; drop --lr" in message
     assert main(["train", "--resume", out]) == 0
+    assert "a run of 4 steps can be lengthened, not cut to 3" in refused(
+        capsys, "train", "--resume", out, "--steps", "3"
+    )
+    capsys.readouterr()
+    assert main(["train", "--resume", out, "--steps", "5", "--resume-step", "3"]) == 0
+    rows = [line.split("|")[0].strip() for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert rows == ["Step", "4", "5"]
+    assert "--resume-step goes with --resume" in refused(capsys, "train", "--resume-step", "3")
+
+
+def test_random_weights_run_unevaluated(capsys, tmp_path):
+    out = tmp_path / "run"
+    small = ["--steps", "2", "--group-size", "2", "--prompts-per-step", "1", "--max-completion-length", "4"]
+    shape = ["--random-weights", "tiny-llama", "--quantize", "nf4", "--checkpoint-layers", "--device", "cpu"]
+    assert main(["train", *small, *shape, "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "tiny-llama with random weights" in printed.out and "held-out" not in printed.out
+    assert printed.err == ""
+    assert main(["train", "--resume", str(out)]) == 0
+    assert json.loads((out / "result.json").read_text())["before"] is None
+
+
+def test_plan(capsys):
+    shape = ["--random-weights", "llama-3.1-8b", "--quantize", "nf4", "--max-completion-length", "1024"]
+    assert main(["plan", *shape, "--prompt-length", "128"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("weights", "adapters", "gradients", "optimizer", "KV cache", "checkpoints", "logits"):
+        assert f"\n{part} " in printed
+    assert "h200 (141 GiB): fits" in printed
+    assert main(["plan", *shape, "--card", "6"]) == 0
+    assert "does not fit" in capsys.readouterr().out
+    assert "unknown card 'gtx'" in refused(capsys, "plan", *shape, "--card", "gtx")
+    assert main(["plan", "--task", "add"]) == 0  # the packaged model, the task's own prompts
+    assert "prompts of 1" in capsys.readouterr().out
 
 
 def test_resume_of_nothing(capsys, tmp_path):
@@ -146,3 +187,63 @@ def test_sample_and_eval_errors(tiny, capsys, tmp_path):
     assert "nearest is 'add'" in refused(capsys, "eval", "--task", "addd")
     assert "max_tokens must be at least 1" in refused(capsys, "sample", "hello", "--max-tokens", "0")
     assert "cannot hold out 0" in refused(capsys, "eval", "--held-out", "0")
+
+
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-phi3"])
+def test_export_is_the_adapter_of_the_run(shape, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(REWARDS, "odd", odd)
+    out, model = tmp_path / "run", "adapter_model.safetensors"
+    settings = (
+        "--steps 3 --group-size 4 --prompts-per-step 1 --max-completion-length 3 --lora-r 4 --rewards odd"
+    )
+    command = ["train", *settings.split(), "--random-weights", shape, "--device", "cpu", "--out", str(out)]
+    assert main(command) == 0
+    assert main(["export", str(out), "--out", str(tmp_path / "last")]) == 0
+    assert "adapter after step 3" in capsys.readouterr().out
+    folders = (out / "adapter", tmp_path / "last")
+    written, exported = (load_file(folder / model) for folder in folders)
+    assert written.keys() == exported.keys()
+    assert all(torch.equal(written[name], exported[name]) for name in written)
+    assert any(tensor.any() for name, tensor in exported.items() if "lora_B" in name)
+    descriptions = [json.loads((folder / "adapter_config.json").read_text()) for folder in folders]
+    for description in descriptions:
+        description.pop("base_model_name_or_path")
+    assert descriptions[0] == descriptions[1]
+    assert main(["export", str(out), "--step", "2", "--out", str(tmp_path / "earlier")]) == 0
+    earlier = load_file(tmp_path / "earlier" / model)
+    assert any(not torch.equal(earlier[name], exported[name]) for name in exported)
+
+
+def test_export_errors(tiny, capsys, tmp_path):
+    assert "holds no run" in refused(capsys, "export", str(tmp_path), "--out", "x")
+    out = tmp_path / "run"
+    assert main(["train", *flags(out=str(out))]) == 0
+    capsys.readouterr()
+    assert "no checkpoint of step 9" in refused(capsys, "export", str(out), "--step", "9", "--out", "x")
+    state = out / "checkpoints" / "step-000004" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    assert "step-000004 is damaged" in refused(capsys, "export", str(out), "--out", str(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_bench_runs_the_benchmark_files(capsys, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        "subprocess.run",
+        lambda command, cwd: ran.append((command, cwd)) or subprocess.CompletedProcess(command, 3),
+    )
+    assert main(["bench", "linear_logprob"]) == 3
+    [(command, folder)] = ran
+    assert command[1:3] == ["-m", "pytest"] and folder.name == "benchmarks"
+    assert command[3:] == [str(folder / "bench_linear_logprob.py")]
+    main(["bench"])
+    assert len(ran[1][0]) == 3 + len(list(folder.glob("bench_*.py")))
+    assert "unknown operation 'linear'" in refused(capsys, "bench", "linear")
+
+
+def test_bench_without_a_checkout(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("nanogrpo.grpo.__main__.__file__", str(tmp_path / "grpo" / "__main__.py"))
+    assert "clone the repository" in refused(capsys, "bench")
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "bench needs pytest and pytest-benchmark" in refused(capsys, "bench")

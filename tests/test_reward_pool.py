@@ -9,6 +9,7 @@ import pytest
 from nanogrpo.grpo.reward_pool import WORKERS, score
 from nanogrpo.grpo.rewards import RewardError, WeightedReward
 from nanogrpo.rollout import Completion
+from tiny_run import environment
 
 
 def said(text):
@@ -127,3 +128,40 @@ score([WeightedReward(stuck, 1.0)], [(Completion([1], [0.0], "stop", "x"), None)
 
 def test_nothing_to_score():
     assert score(weighted(value), [], timeout=1) == []
+
+
+def test_a_call_that_keeps_the_interpreter_ends_the_process():
+    """Nothing inside the interpreter can: the watchdog outside does, and says where it was."""
+    program = """
+import slow_rewards
+import nanogrpo.grpo.reward_pool as pool
+from nanogrpo.grpo.rewards import WeightedReward
+from nanogrpo.rollout import Completion
+pool.GRACE = 0.5
+pairs = [(Completion([1], [0.0], "stop", "x"), n) for n in range(5)]
+pool.score([WeightedReward(slow_rewards.endless, 1.0)], pairs, timeout=0.5)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
+        env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 1 and "Timeout" in done.stderr and "in endless" in done.stderr
+
+
+def test_the_watchdog_sleeps_afterwards():
+    program = """
+import time
+import slow_rewards
+import nanogrpo.grpo.reward_pool as pool
+from nanogrpo.grpo.rewards import WeightedReward
+from nanogrpo.rollout import Completion
+pool.GRACE = 0.2
+pool.score([WeightedReward(slow_rewards.value, 1.0)], [(Completion([1], [0.0], "stop", "1"), 1)], timeout=0.2)
+time.sleep(1)
+print("alive")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
+        env=environment(),
+    )  # fmt: skip
+    assert done.stdout == "alive\n", done.stderr

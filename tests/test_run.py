@@ -7,16 +7,17 @@ import random
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import slow_rewards
 import torch
 from nanogrpo.grpo import GRPOConfig, RolloutBatch
 from nanogrpo.grpo.checkpoint import list_checkpoints
 from nanogrpo.grpo.report import COLUMNS, table_header
+from nanogrpo.grpo.rewards import RewardError, WeightedReward
 from nanogrpo.grpo.run import Run
 from safetensors.torch import load_file
-from tiny_run import FIELDS, adapters, install, settings
+from tiny_run import FIELDS, adapters, environment, install, odd, settings
 
 # Ends its own process with SIGKILL in the middle of step 3, while it scores completions.
 KILLED = """
@@ -188,10 +189,9 @@ def test_an_empty_folder_is_taken(tmp_path):
 def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path):
     straight, _, result = finished
     folder = tmp_path / "killed"
-    tests = str(Path(__file__).parent)
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(folder)],
-        env={**os.environ, "PYTHONPATH": tests},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -213,7 +213,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     seed = random.SystemRandom().randrange(10**6)
     done = subprocess.run(
         [sys.executable, "-c", KILLED_TWENTY_TIMES, str(tmp_path / "killed"), repr(long), str(seed)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=240,
@@ -331,3 +331,163 @@ def test_damaged_metrics_are_named(finished):
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(ValueError, match="holds no run to resume: it has no config.json"):
         Run.resume(tmp_path, Screen())
+
+
+def test_a_lengthened_run_is_the_longer_one(tmp_path):
+    """Up to where it stood the two have the same steps; the learning rate of those after is the longer schedule's."""
+    flat = {
+        "min_lr_ratio": 1.0
+    }  # without a decay the schedule of the first steps does not depend on the length
+    long = create(tmp_path / "long", steps=5, **flat)
+    long.train()
+    create(tmp_path / "short", steps=3, **flat).train()
+    assert (tmp_path / "short" / "result.json").exists()
+    resumed = Run.resume(tmp_path / "short", Screen(), steps=5)
+    resumed.train()
+    assert_same_adapters(long, resumed)
+    assert timeless(resumed.history()) == timeless(long.history())
+    assert GRPOConfig.load(tmp_path / "short" / "config.json").steps == 5
+
+
+def test_resuming_from_an_older_checkpoint(finished, tmp_path):
+    straight, _, _ = finished
+    run = create(tmp_path / "other", keep_checkpoints=3)
+    run.train()
+    checkpoints = run.folder / "checkpoints"
+    assert [p.name for p in list_checkpoints(checkpoints)] == ["step-000002", "step-000003", "step-000004"]
+    (checkpoints / "step-000004" / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="step-000004 is damaged.*--resume-step 3$"):
+        Run.resume(run.folder, Screen())
+    assert len(run.history()) == 4  # refused, nothing touched
+    with pytest.raises(
+        ValueError, match="no checkpoint of step 1, only step-000002, step-000003, step-000004"
+    ):
+        Run.resume(run.folder, Screen(), from_step=1)
+    resumed = Run.resume(run.folder, Screen(), from_step=2)
+    assert [p.name for p in list_checkpoints(checkpoints)] == ["step-000002"]
+    assert [m["step"] for m in resumed.history()] == [1, 2]
+    resumed.train()
+    assert_same_adapters(straight, resumed)
+
+
+def test_fewer_checkpoints(finished, tmp_path):
+    """Only every third step is saved, and the last; a kill in between repeats what was lost."""
+    straight, _, _ = finished
+    run = create(tmp_path / "other", save_every=3)
+    run.train()
+    names = [p.name for p in list_checkpoints(run.folder / "checkpoints")]
+    assert names == ["step-000003", "step-000004"]
+    resumed = Run.resume(run.folder, Screen(), from_step=3)
+    assert [m["step"] for m in resumed.history()] == [1, 2, 3]
+    resumed.train()
+    assert_same_adapters(straight, resumed)
+    stopped = create(tmp_path / "stopped", Screen(stop_at=2), save_every=3)
+    stopped.train()
+    assert [p.name for p in list_checkpoints(stopped.folder / "checkpoints")] == ["step-000002"]
+
+
+def test_a_reward_that_raises_loses_nothing(tmp_path, monkeypatch):
+    run = create(tmp_path / "run", save_every=10)
+
+    def fragile(completion, example):
+        if run.trainer.step_count == 2:
+            raise RuntimeError("no answer")
+        return odd(completion, example)
+
+    run.trainer.rewards = [WeightedReward(fragile, 1.0)]
+    with pytest.raises(RewardError, match=r"fragile raised .*no answer.* on completion .*--resume .*run$"):
+        run.train()
+    assert [p.name for p in list_checkpoints(run.folder / "checkpoints")] == ["step-000002"]
+    assert [m["step"] for m in run.history()] == [1, 2]
+    assert Run.resume(run.folder, Screen()).train() is not None
+
+
+def test_rewards_in_processes_change_nothing(finished, tmp_path):
+    straight, _, _ = finished
+    run = create(tmp_path / "other", reward_processes=2)
+    run.trainer.rewards = [WeightedReward(slow_rewards.odd, 1.0)]
+    run.train()
+    assert_same_adapters(straight, run)
+    assert run.trainer.reward_processes.workers == []
+
+
+# The disk is full from step 2 on: files of this process may not grow beyond a few bytes.
+DISK_FULL = """
+import resource, sys
+import pytest
+import tiny_run
+from nanogrpo.grpo import GRPOConfig
+from nanogrpo.grpo.run import Run
+
+def say(line):
+    if line.strip().startswith("2 |"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+
+patch = pytest.MonkeyPatch()
+tiny_run.install(patch.setattr, patch.setitem)
+try:
+    Run.create(GRPOConfig(**tiny_run.settings(rewards="odd", out=sys.argv[1])), say).train()
+except OSError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize(
+    "space, named", [(1, "step 3 could not be written"), (5000, "step-000003 could not be")]
+)
+def test_a_full_disk_is_named_and_nothing_is_lost(finished, tmp_path, space, named):
+    straight, _, _ = finished
+    folder = tmp_path / "full"
+    command = [sys.executable, "-c", DISK_FULL, str(folder), str(space)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and named in done.stderr, done.stderr
+    assert f"nanogrpo train --resume {folder}" in done.stderr
+    run = Run.resume(folder, Screen())
+    assert run.trainer.step_count == 2
+    run.train()
+    assert_same_adapters(straight, run)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        create(tmp_path / "file" / "run")
+
+
+def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="--tensorboard needs the package: pip install tensorboard"):
+        create(tmp_path / "run", tensorboard=True).train()
+
+
+def test_tensorboard_gets_every_metric(tmp_path, monkeypatch):
+    class Writer:
+        written, closed = [], 0
+
+        def __init__(self, folder, purge_step):
+            self.written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            self.written.append((name, value, step))
+
+        def close(self):
+            Writer.closed += 1
+
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run = create(tmp_path / "run", tensorboard=True)
+    run.train()
+    assert Writer.written[0] == (str(run.folder / "tensorboard"), 1) and Writer.closed == 1
+    expected = [(name, value, m["step"]) for m in run.history() for name, value in m.items()]
+    assert Writer.written[1:] == expected
+
+
+def test_tensorboard_files(tmp_path):
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = create(tmp_path / "run", tensorboard=True)
+    run.train()
+    events = loader.EventAccumulator(str(run.folder / "tensorboard"))
+    events.Reload()
+    rewards = [event.value for event in events.Scalars("reward")]
+    assert rewards == pytest.approx([m["reward"] for m in run.history()])

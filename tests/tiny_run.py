@@ -1,5 +1,9 @@
 """A policy of a few thousand random weights with a tokenizer of characters, and a reward that it can vary."""
 
+import os
+import sys
+from pathlib import Path
+
 import torch
 from nanogrpo.grpo.config import GRPOConfig
 from nanogrpo.grpo.rewards import REWARDS, WeightedReward
@@ -25,8 +29,8 @@ CONFIG = ModelConfig(
 FIELDS = {
     "step", "loss", "lr", "grad_norm", "reward", "reward_std", "completion_length", "kl", "signal_share",
     "truncated_share", "completion_tokens", "trained_tokens", "sampler_logprob_diff_max",
-    "sampler_logprob_diff_mean", "skipped", "token_budget", "seconds_rollout", "seconds_prepare", "seconds_train",
-    "seconds_measure",
+    "sampler_logprob_diff_mean", "skipped", "token_budget", "seconds_rollout", "seconds_reward",
+    "seconds_scoring", "seconds_forward", "seconds_backward", "seconds_optimizer",
 }  # fmt: skip
 
 
@@ -93,3 +97,8 @@ def install(setattr, setitem):
     """Make runs use the tiny policy and know the reward "odd"; both as ``pytest.MonkeyPatch`` has them."""
     setattr("nanogrpo.grpo.trainer.load_policy", tiny_policy)
     setitem(REWARDS, "odd", odd)
+
+
+def environment():
+    """That of a child process which finds the modules that this one does, and those beside this file."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}

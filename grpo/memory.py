@@ -1,0 +1,288 @@
+"""How much GPU memory a run takes, part by part, from formulas alone; and a limit on it that the allocator enforces.
+
+With b bytes an element of the compute dtype, N x K the linears, L layers, D the hidden size, F the feed-forward size,
+A = heads * head_dim, V words, T packed tokens a micro-batch, C completion tokens in it, S sequences at once:
+
+    weights      dense b N K; nf4 N K / 2 + 4 N K / 64 + 64; int4 N K / 2 + 4 N K / 32; all but the linears is dense
+    adapters     4 r (N + K) a linear, gradients as many bytes
+    optimizer    AdamW 8 bytes a trained value; in 8 bits 2 and two float32 scales for 256 values
+    KV cache     2 L b (KV heads * head_dim) * block_size * blocks, for S sequences of full length; rollout only
+    checkpoints  L T D b, the inputs of the layers (without checkpointing every layer keeps all that one does)
+    layer        what one layer keeps and works on: T (LAYER bytes below)
+    logits       training: the head's workspace of 96 MiB, and hidden states and gradients of C rows;
+                 rollout: V float32 values in four copies and float64 sums for each sequence
+    dequantized  one 4-bit linear in the compute dtype: the largest N K b
+    context      of CUDA, with the loaded kernels: CONTEXT
+
+Rollout and training take turns, so the need is what both have and the larger of the two. "checkpoints", "layer" and
+"logits" are upper bounds; what carries over from step to step is exact.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+GIB = 2**30
+CONTEXT = 640 * 2**20  # CUDA 13 with torch's and our kernels loaded
+HEAD_WORKSPACE = 96 * 2**20
+ATTENTION_WORKSPACE = 64 * 2**20
+BLOCK_SIZE = 16
+CARDS = {
+    "rtx-4060": 8, "rtx-3080": 10, "rtx-3060": 12, "rtx-4080": 16, "rtx-3090": 24, "rtx-4090": 24, "rtx-5090": 32,
+    "a100-40": 40, "l40s": 48, "a100-80": 80, "h100": 80, "h200": 141, "b200": 180,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by part: ``always``, and beside it ``rollout`` and ``training`` in turn; each a dict of part to bytes."""
+
+    always: dict
+    rollout: dict
+    training: dict
+
+    @property
+    def total(self):
+        """Bytes at the highest point of a step."""
+        turns = max(sum(self.rollout.values()), sum(self.training.values()))
+        return sum(self.always.values()) + turns
+
+    def table(self):
+        """The sum as lines of text, in GiB."""
+        lines = [f"{'part':<24} {'rollout':>9} {'training':>9}  GiB"]
+        row = lambda name, a, b: f"{name:<24} {_gib(a):>9} {_gib(b):>9}"
+        lines += [row(name, size, size) for name, size in self.always.items()]
+        for name in dict.fromkeys((*self.rollout, *self.training)):
+            lines.append(row(name, self.rollout.get(name), self.training.get(name)))
+        always = sum(self.always.values())
+        sums = (always + sum(part.values()) for part in (self.rollout, self.training))
+        return [*lines, row("sum", *sums)]
+
+
+def _gib(size):
+    return "-" if size is None else f"{size / GIB:.3f}"
+
+
+def linear_shapes(model):
+    """{Hugging Face name: (N, K)} of the adapted linears of a ``ModelConfig``."""
+    from ..rollout.checkpoint import expected_tensors
+
+    return {
+        name.removesuffix(".weight"): shape
+        for name, shape in expected_tensors(model).items()
+        if name.endswith("_proj.weight")
+    }
+
+
+def weight_bytes(model, quantize, itemsize):
+    """Bytes of the frozen weights, biases and norms, and of the rotary frequencies."""
+    from ..rollout.checkpoint import expected_tensors
+
+    total = 4 * (model.head_dim // 2)
+    for name, shape in expected_tensors(model).items():
+        values = math.prod(shape)
+        if quantize is None or not name.endswith("_proj.weight"):
+            total += values * itemsize
+        elif quantize == "nf4":
+            total += values // 2 + 4 * values // 64 + 64
+        else:
+            total += values // 2 + 4 * values // 32
+    return total
+
+
+def trained_sizes(model, r, *, value_head=False):
+    """Number of values of each trained tensor: lora_a and lora_b of every linear, then the value head."""
+    sizes = [r * k for _, k in linear_shapes(model).values()]
+    sizes += [n * r for n, _ in linear_shapes(model).values()]
+    return sizes + [model.hidden_size + 1] * value_head
+
+
+def optimizer_bytes(sizes, name):
+    """Bytes of the optimiser's state for trained tensors of ``sizes`` values: "adamw" or "adamw8bit"."""
+    if name == "adamw":
+        return sum(8 * size + 4 for size in sizes)
+    # bitsandbytes keeps what is below 4,096 values in float32, and one pair of code books.
+    small = sum(8 * size for size in sizes if size < 4096)
+    return small + sum(2 * size + 8 * -(-size // 256) for size in sizes if size >= 4096) + 2 * 256 * 4
+
+
+def kv_bytes(model, tokens, sequences, itemsize):
+    """Bytes of keys and values for ``sequences`` of up to ``tokens`` tokens, in whole blocks."""
+    width = model.num_key_value_heads * model.head_dim
+    return 2 * model.num_hidden_layers * itemsize * width * BLOCK_SIZE * -(-tokens // BLOCK_SIZE) * sequences
+
+
+def layer_bytes(model, itemsize):
+    """Bytes a token that one layer keeps for its backward pass, and that it works on at once: (kept, working)."""
+    D, F = model.hidden_size, model.intermediate_size
+    A, KV = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    # Two norms (input, float32 copy, output), rotated and repeated q, k, v, the attended values; gate, up, their
+    # sigmoid and product.
+    kept = itemsize * (4 * D + 5 * A + 2 * KV + 4 * F) + 4 * 4 * D + 4 * 2 * model.num_attention_heads
+    # Gradients of the widest part as it runs backward, in float32 where the norms do.
+    working = max(itemsize * 4 * F, itemsize * (6 * A + 4 * KV), 4 * 4 * D)
+    return kept, working + itemsize * 2 * D
+
+
+def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
+    """The ``MemoryPlan`` of a run on CUDA.
+
+    model: ``ModelConfig``; config: ``GRPOConfig``; prompt_length: tokens of the longest prompt; dtype: default that
+    of the config, or bfloat16. Raises ValueError where a sequence does not fit the token budget or the context.
+    """
+    if dtype is None:
+        dtype = getattr(torch, config.dtype or "bfloat16")
+    b, length = dtype.itemsize, prompt_length + config.max_completion_length
+    if length > config.token_budget:
+        raise ValueError(
+            f"a sequence has up to {length} tokens with its prompt, more than token_budget {config.token_budget}"
+        )
+    if length > model.max_position_embeddings:
+        raise ValueError(
+            f"a sequence has up to {length} tokens, more than the model's {model.max_position_embeddings}"
+        )
+    prompts = -(-config.prompts_per_step // ranks)
+    sequences = prompts * config.group_size
+    shared = config.share_prefix
+    whole = prompts * (prompt_length if shared else 0) + sequences * (
+        length - (prompt_length if shared else 0)
+    )
+    T = min(config.token_budget, whole)
+    completion = min(T, sequences * config.max_completion_length)
+    sizes = trained_sizes(model, config.lora_r, value_head=config.algorithm == "ppo")
+    trained = 4 * sum(sizes)
+    widest = max(n * k for n, k in linear_shapes(model).values()) if config.quantize else 0
+    kept, working = layer_bytes(model, b)
+    L, D = model.num_hidden_layers, model.hidden_size
+    keeps_inputs = config.checkpoint_layers in (None, True)
+    cache = kv_bytes(model, length, sequences, b)
+    if config.kv_memory is not None:
+        cache = min(cache, int(config.kv_memory * GIB))
+    rows = -(-prompts * prompt_length // 16) * 16
+    attention = T * T * (1 + 2 * b)  # which keys a token sees, as bool and as the numbers that are added
+    lora = 4 * config.lora_r * (2 * T + 2 * max(D, model.intermediate_size) * (T // 1024 + 2))
+    return MemoryPlan(
+        always={
+            "CUDA context": CONTEXT,
+            "weights": weight_bytes(model, config.quantize, b),
+            "adapters": trained,
+            "optimizer": optimizer_bytes(sizes, config.optimizer),
+        },
+        rollout={
+            "KV cache": cache,
+            "logits": sequences * model.vocab_size * (4 * 4 + 8) + ATTENTION_WORKSPACE,
+            "activations": rows * (working + 8 * b * D),
+            "dequantized weight": widest * b,
+        },
+        training={
+            "gradients": trained,
+            "checkpoints": L * T * (D * b if keeps_inputs else kept),
+            "activations": T * (kept + working) + attention + lora,
+            "logits": HEAD_WORKSPACE + completion * D * (4 * b + 4),
+            "dequantized weight": widest * b,
+        },
+    )
+
+
+def remedies(model, config, prompt_length, limit):
+    """[(flag and value, bytes then)] of single changes that would lower the need, those that fit ``limit`` first."""
+    from dataclasses import replace
+
+    length = prompt_length + config.max_completion_length
+    candidates = [("token_budget", max(length, config.token_budget // n)) for n in (2, 4, 8)]
+    candidates += [("quantize", "nf4"), ("optimizer", "adamw8bit"), ("checkpoint_layers", True)]
+    candidates += [("lora_r", max(1, config.lora_r // n)) for n in (2, 4)]
+    candidates += [("prompts_per_step", max(1, config.prompts_per_step // n)) for n in (2, 4)]
+    candidates += [("group_size", max(2, config.group_size // 2))]
+    if config.overlong_buffer <= config.max_completion_length // 2:
+        candidates += [("max_completion_length", max(1, config.max_completion_length // 2))]
+    # A pool of half the cache makes sequences wait for each other, with the same result.
+    cache = plan_memory(model, config, prompt_length).rollout["KV cache"]
+    one = kv_bytes(model, length, 1, 2)
+    candidates += [("kv_memory", round(max(cache // n, one) / GIB + 1e-3, 3)) for n in (2, 4)]
+    before, found = plan_memory(model, config, prompt_length).total, {}
+    for name, value in candidates:
+        if getattr(config, name) != value and not (name == "quantize" and config.quantize):
+            total = plan_memory(model, replace(config, **{name: value}), prompt_length).total
+            fits = found.get(name, (None, math.inf))[1] <= limit
+            if total < before and not fits:  # the mildest change of a setting that fits, else its strongest
+                found[name] = (value, total)
+    flag = lambda name, value: f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+    changes = [(flag(name, value), total) for name, (value, total) in found.items()]
+    return sorted(changes, key=lambda change: (change[1] > limit, change[1]))
+
+
+def check_fits(model, config, prompt_length):
+    """ValueError with the sum by part and the flags that would help, where ``vram_limit`` is too small for a run."""
+    limit = int(config.vram_limit * GIB)
+    need = plan_memory(model, config, prompt_length)
+    if need.total <= limit:
+        return
+    raise ValueError(
+        f"vram_limit of {config.vram_limit:g} GiB is too small: this run needs about {need.total / GIB:.2f} GiB ("
+        + ", ".join(f"{name} {size / GIB:.2f}" for name, size in peak_parts(need).items())
+        + "); "
+        + advice(remedies(model, config, prompt_length, limit), limit)
+    )
+
+
+def peak_parts(plan):
+    """{part: bytes} at the highest point of a step, the largest first."""
+    turn = max(plan.rollout, plan.training, key=lambda part: sum(part.values()))
+    return dict(sorted({**plan.always, **turn}.items(), key=lambda item: -item[1]))
+
+
+def advice(changes, limit):
+    """What to change, in words; ``changes`` as ``remedies`` gives them."""
+    fitting = [f"{flag} ({total / GIB:.2f} GiB)" for flag, total in changes if total <= limit]
+    if fitting:
+        return "it would fit with " + " or ".join(fitting[:4])
+    helping = [f"{flag} ({total / GIB:.2f} GiB)" for flag, total in changes]
+    if not helping:
+        return "no setting makes it smaller; take a smaller model"
+    return "no single setting makes it fit; combine " + ", ".join(helping[:4])
+
+
+def plan_report(model, config, prompt_length, card=None):
+    """Lines of text: the table of ``plan_memory`` and what cards of ``CARDS`` it fits, or whether it fits ``card``.
+
+    card: a name in ``CARDS``, or GiB as a number or text; ValueError where it is neither. With ``vram_limit`` set in
+    the config and no card given, that is the card.
+    """
+    cards = CARDS
+    if card is None and config.vram_limit is not None:
+        card = config.vram_limit
+    if card is not None:
+        try:
+            cards = {str(card): CARDS[card] if card in CARDS else float(card)}
+        except ValueError as error:
+            raise ValueError(f"unknown card {card!r}, expected GiB or one of {', '.join(CARDS)}") from error
+    need = plan_memory(model, config, prompt_length)
+    lines = [
+        f"prompts of {prompt_length} tokens, completions of {config.max_completion_length}; "
+        f"{config.prompts_per_step} x {config.group_size} a step, {config.token_budget} tokens a micro-batch",
+        *need.table(),
+        f"highest point of a step: {need.total / GIB:.2f} GiB",
+    ]
+    for name, size in cards.items():
+        verdict = "fits" if need.total <= size * GIB else "does not fit"
+        lines.append(f"  {name} ({size:g} GiB): {verdict}")
+    if len(cards) == 1 and need.total > size * GIB:
+        lines.append(advice(remedies(model, config, prompt_length, size * GIB), size * GIB))
+    return lines
+
+
+def limit_vram(config):
+    """Make the allocator refuse what would bring the process over ``vram_limit`` GiB, context included."""
+    if not torch.cuda.is_available() or (config.device or "cuda").split(":")[0] != "cuda":
+        raise ValueError("vram_limit needs a CUDA device, and this run is on the CPU")
+    index = torch.device(config.device or "cuda").index
+    index = torch.cuda.current_device() if index is None else index
+    total = torch.cuda.get_device_properties(index).total_memory
+    allowed = config.vram_limit * GIB - CONTEXT
+    if allowed <= 0:
+        raise ValueError(
+            f"vram_limit of {config.vram_limit:g} GiB is less than CUDA itself takes, {CONTEXT / GIB:.2f} GiB"
+        )
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), index)

@@ -1,0 +1,236 @@
+"""The memory plan against tensors that exist, and what a limit that is too small is told."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from nanogrpo.grpo import GRPOConfig
+from nanogrpo.grpo.memory import (
+    CARDS,
+    CONTEXT,
+    GIB,
+    check_fits,
+    kv_bytes,
+    layer_bytes,
+    linear_shapes,
+    optimizer_bytes,
+    plan_memory,
+    plan_report,
+    remedies,
+    trained_sizes,
+    weight_bytes,
+)
+from nanogrpo.grpo.optimizer import make_optimizer
+from nanogrpo.kernels import QuantizedWeight
+from nanogrpo.rollout import LoraConfig, ModelConfig, Policy
+from nanogrpo.rollout.attention import TreeAttention
+from nanogrpo.rollout.checkpoint import expected_tensors
+from nanogrpo.rollout.kv_cache import KVCache
+from nanogrpo.rollout.model import Transformer
+from nanogrpo.rollout.packing import pack_tree
+from nanogrpo.rollout.random_weights import SHAPES, random_policy
+from tiny_run import CharTokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+TINY = [name for name in SHAPES if name.startswith("tiny")]
+
+
+def tensors_of(thing, seen):
+    """Every tensor that can be reached from ``thing`` through objects, lists and dicts: {storage: bytes}."""
+    if id(thing) in seen[1]:
+        return seen[0]
+    seen[1].add(id(thing))
+    seen[2].append(thing)  # alive, so that no other object takes its id
+    if isinstance(thing, torch.Tensor):
+        seen[0][thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    elif isinstance(thing, QuantizedWeight):
+        tensors_of(thing.tensors(), seen)
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            tensors_of(value, seen)
+    elif isinstance(thing, (list, tuple)):
+        for value in thing:
+            tensors_of(value, seen)
+    elif isinstance(thing, torch.nn.Module):
+        tensors_of(vars(thing), seen)
+    return seen[0]
+
+
+def held_bytes(thing):
+    return sum(tensors_of(thing, ({}, set(), [])).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantize", [None, "nf4", "int4"])
+@pytest.mark.parametrize("name", TINY)
+def test_weights_are_exact(name, quantize, dtype):
+    policy = random_policy(name, quantize, None, "cpu", dtype)
+    assert held_bytes(policy.model) == weight_bytes(policy.config, quantize, dtype.itemsize)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_adapters_and_their_gradients_are_exact(name):
+    policy = random_policy(name, "nf4", LoraConfig(r=3, alpha=3), "cpu")
+    parameters = policy.adapters().values()
+    assert sorted(p.numel() for p in parameters) == sorted(trained_sizes(policy.config, 3))
+    assert sum(p.nbytes for p in parameters) == 4 * sum(trained_sizes(policy.config, 3))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_the_optimizer_is_exact(name):
+    sizes = [4096, 4095, 10, 70_000]
+    parameters = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
+    optimizer = make_optimizer(name, parameters, 1e-3)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    assert held_bytes(dict(optimizer.state)) == optimizer_bytes(sizes, name)
+
+
+@pytest.mark.parametrize("tokens, sequences", [(1, 1), (16, 3), (17, 5), (500, 8)])
+def test_keys_and_values_are_exact(tokens, sequences):
+    config = SHAPES["tiny-llama"]
+    blocks = sequences * -(-tokens // 16)
+    cache = KVCache(config, blocks, 16, device="cpu", dtype=torch.bfloat16)
+    assert cache.data.nbytes == kv_bytes(config, tokens, sequences, 2)
+
+
+class Watch(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make, while they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.known = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = lambda tree: [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+        given = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
+        for storage in (t.untyped_storage() for t in tensors(out)):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in given and key not in self.known:
+                self.known[key] = weakref.ref(storage, lambda _, key=key, size=size: self.gone(key, size))
+                self.alive += size
+                self.peak = max(self.peak, self.alive)
+        return out
+
+    def gone(self, key, size):
+        del self.known[key]
+        self.alive -= size
+
+
+WIDE = ModelConfig("llama", 64, 128, 384, 6, 4, 2, 32)
+
+
+def training_peak(model, sequences, *, checkpoint_layers):
+    generator = torch.Generator().manual_seed(0)
+    shapes = expected_tensors(model).items()
+    weights = {n: 0.05 * torch.randn(s, generator=generator, dtype=torch.bfloat16) for n, s in shapes}
+    policy = Policy(Transformer(model, weights), CharTokenizer(), name="wide")
+    policy.add_adapters(LoraConfig(r=4, alpha=4))
+    policy.model.checkpoint_layers = checkpoint_layers
+    for parameter in policy.adapters().values():
+        parameter.grad = torch.zeros_like(parameter)  # counted apart
+    tree = pack_tree(sequences)
+    with Watch() as watch:
+        hidden_states = policy.model(tree.input_ids, tree.positions, TreeAttention(tree.key_end))
+        hidden_states.float().square().sum().backward()
+        del hidden_states
+    return watch.peak, tree.input_ids.numel()
+
+
+@pytest.mark.parametrize("checkpoint_layers", [True, False])
+@pytest.mark.parametrize("tokens", [192, 768])
+def test_activations_are_bounded(checkpoint_layers, tokens):
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(64, (4, tokens // 4), generator=generator).tolist()
+    peak, T = training_peak(WIDE, rows, checkpoint_layers=checkpoint_layers)
+    config = GRPOConfig(
+        token_budget=T, lora_r=4, checkpoint_layers=checkpoint_layers, max_completion_length=T - 1
+    )
+    training = plan_memory(WIDE, config, 1, dtype=torch.bfloat16).training
+    bound = training["checkpoints"] + training["activations"]
+    assert peak <= bound <= 2 * peak, f"{peak} measured, {bound} planned"
+
+
+def config(**settings):
+    return GRPOConfig(**{"random_weights": "qwen2.5-1.5b", "max_completion_length": 200, **settings})
+
+
+def test_parts_grow_with_what_they_are_made_of():
+    model = SHAPES["Qwen2.5-1.5B"]
+    plan = lambda **settings: plan_memory(model, config(**settings), 128)
+    base = plan()
+    assert base.total == sum(base.always.values()) + max(
+        sum(p.values()) for p in (base.rollout, base.training)
+    )
+    assert plan(quantize="nf4").always["weights"] < 0.55 * base.always["weights"]
+    assert plan(lora_r=32).always["adapters"] == 2 * base.always["adapters"]
+    assert plan(optimizer="adamw8bit").always["optimizer"] < 0.27 * base.always["optimizer"]
+    assert plan(group_size=16).rollout["KV cache"] == 2 * base.rollout["KV cache"]
+    assert plan(kv_memory=0.1).rollout["KV cache"] == int(0.1 * GIB)
+    assert plan(token_budget=2048).training["checkpoints"] == base.training["checkpoints"] / 2
+    assert plan(checkpoint_layers=False).training["checkpoints"] > 5 * base.training["checkpoints"]
+    kept, working = layer_bytes(model, 2)
+    assert kept > 0 and working > 0
+    # Two ranks: half the prompts each, the same micro-batches.
+    two = plan_memory(model, config(), 128, ranks=2)
+    assert two.rollout["KV cache"] == base.rollout["KV cache"] / 2
+
+
+def test_a_sequence_that_cannot_be_trained_on():
+    with pytest.raises(ValueError, match="up to 328 tokens .* more than token_budget 300"):
+        plan_memory(SHAPES["Qwen2.5-1.5B"], config(token_budget=300), 128)
+    with pytest.raises(ValueError, match="more than the model's 2048"):
+        plan_memory(SHAPES["tiny-llama"], config(token_budget=4000, max_completion_length=2000), 128)
+
+
+def test_a_limit_that_is_too_small_is_told_the_sum_and_the_way_out():
+    model = SHAPES["Qwen2.5-1.5B"]
+    need = plan_memory(model, config(), 128).total / GIB
+    check_fits(model, config(vram_limit=need + 0.01), 128)
+    with pytest.raises(ValueError) as caught:
+        check_fits(model, config(vram_limit=need - 0.05), 128)
+    text = str(caught.value)
+    assert "\n" not in text and f"needs about {need:.2f} GiB (weights " in text
+    for part in ("CUDA context", "adapters", "optimizer"):
+        assert part in text
+    assert "it would fit with --" in text
+    with pytest.raises(ValueError, match="no single setting makes it fit; combine --"):
+        check_fits(model, config(vram_limit=1.0), 128)
+
+
+def test_remedies_do_what_they_promise():
+    model, settings = SHAPES["Llama-3.1-8B"], config(random_weights="llama-3.1-8b", prompts_per_step=2)
+    before = plan_memory(model, settings, 128).total
+    changes = remedies(model, settings, 128, 12 * GIB)
+    assert changes[0][0].startswith("--") and any(flag == "--quantize nf4" for flag, _ in changes)
+    for flag, total in changes:
+        name, value = flag.removeprefix("--").replace("-", "_").split(" ")
+        value = (
+            value
+            if name in ("quantize", "optimizer")
+            else float(value)
+            if name == "kv_memory"
+            else int(value)
+        )
+        changed = plan_memory(model, replace(settings, **{name: value}), 128).total
+        assert changed == total < before
+
+
+def test_report():
+    model = SHAPES["Qwen2.5-1.5B"]
+    lines = plan_report(model, config(), 128)
+    assert sum(": fits" in line or ": does not fit" in line for line in lines) == len(CARDS)
+    assert any(line.startswith("weights ") for line in lines)
+    [verdict] = [line for line in plan_report(model, config(), 128, "h200") if "h200" in line]
+    assert verdict == "  h200 (141 GiB): fits"
+    small = plan_report(model, config(), 128, "2")
+    assert "does not fit" in small[-2] and "combine --" in small[-1]
+    assert "2.5 (2.5 GiB)" in "".join(plan_report(model, config(vram_limit=2.5), 128))
+    with pytest.raises(ValueError, match="unknown card 'rtx', expected GiB or one of"):
+        plan_report(model, config(), 128, "rtx")
+    assert CONTEXT < min(CARDS.values()) * GIB
+    assert len(linear_shapes(model)) == 7 * model.num_hidden_layers
