@@ -21,19 +21,9 @@ class Model(NamedTuple):
     tied: bool  # the LM head is the embedding
 
 
-<<<<<<< HEAD
 DECODE_ROWS = 128  # completions that decode at once
 
-MODELS = {
-    "SmolLM2-135M": Model(576, 1536, 9, 3, 64, 49152, 30, True),
-    "Qwen2.5-0.5B": Model(896, 4864, 14, 2, 64, 151936, 24, True),
-    "Qwen2.5-1.5B": Model(1536, 8960, 12, 2, 128, 151936, 28, True),
-    "Qwen2.5-7B": Model(3584, 18944, 28, 4, 128, 152064, 28, False),
-    "Llama-3.2-1B": Model(2048, 8192, 32, 8, 64, 128256, 16, True),
-    "Llama-3.1-8B": Model(4096, 14336, 32, 8, 128, 128256, 32, False),
-    "Phi-4": Model(5120, 17920, 40, 10, 128, 100352, 40, False),
-}
-=======
+
 def _sizes(config):
     return Model(
         config.hidden_size,
@@ -48,7 +38,6 @@ def _sizes(config):
 
 
 MODELS = {name: _sizes(config) for name, config in SHAPES.items() if not name.startswith("tiny")}
->>>>>>> wip/trainer
 
 
 class Case(NamedTuple):

@@ -7,14 +7,11 @@ from .lora_linear import lora_linear, lora_linear_stacked
 from .matmul_4bit import matmul_4bit
 from .paged_attention import append_attention, paged_attention
 from .quantization import QuantizedWeight, dequantize_4bit, quantize_4bit
-<<<<<<< HEAD
 from .rms_norm import rms_norm
 from .rotary import rotary
 from .swiglu import swiglu
 from .token_sampling import counter_uniform, sample_tokens
-=======
 from .tree_attention import tree_attention, tree_plan
->>>>>>> wip/attn
 
 __all__ = [
     "LogprobOutput",
@@ -33,10 +30,7 @@ __all__ = [
     "rotary",
     "sample_tokens",
     "store_kv",
-<<<<<<< HEAD
     "swiglu",
-=======
     "tree_attention",
     "tree_plan",
->>>>>>> wip/attn
 ]

@@ -4,15 +4,7 @@ The transformer calls ``attend(layer, q, k, v)`` and knows nothing else about at
 serve every phase. Shapes: q (T, H, D); k, v (T, KVH, D); the result (T, H, D).
 """
 
-<<<<<<< HEAD
-from ..kernels import paged_attention, store_kv, tree_attention, tree_plan
-=======
-import torch
-import torch.nn.functional as F
-from einops import rearrange
-
-from ..kernels import append_attention, paged_attention, store_kv
->>>>>>> wip/sampler
+from ..kernels import append_attention, paged_attention, store_kv, tree_attention, tree_plan
 
 
 class TreeAttention:
