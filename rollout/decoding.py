@@ -224,7 +224,7 @@ class Decoder:
         if adapters != self.adapters or len(self.graphs) >= MAX_GRAPHS:
             self.graphs.clear()
             self.adapters = adapters
-        live = tuple(linear.adapter_on for _, linear in self.policy.model.linears())
+        live = tuple(linear.adapter_on for linear in self.policy.model.linears())
         key = batch, width, window, cache.block_size, live, self.draw.key
         if key not in self.graphs:
             state = self._state(batch, width, window)

@@ -13,7 +13,8 @@ from ..kernels import quantize_4bit
 from .checkpoint import expected_tensors, open_checkpoint, resolve_checkpoint
 from .config import ModelConfig
 from .lora import DEFAULT_LORA
-from .model import LINEARS, Transformer
+from .linear import LINEARS, stack_weights
+from .model import Transformer
 from .policy import Policy
 
 STD = 0.02
@@ -96,16 +97,19 @@ def random_policy(name, quantize=None, lora=DEFAULT_LORA, device=None, dtype=Non
     tokenizer = open_checkpoint(resolve_checkpoint()).tokenizer
     config = replace(config, bos_token_id=tokenizer.bos_token_id, eos_token_ids=tokenizer.eos_token_ids)
     generator = torch.Generator(device).manual_seed(seed)
-    weights = {}
-    for tensor_name, shape in expected_tensors(config).items():
-        if tensor_name.endswith("norm.weight"):
-            weights[tensor_name] = torch.ones(shape, device=device, dtype=dtype)
-            continue
-        tensor = torch.empty(shape, device=device, dtype=dtype).normal_(std=STD, generator=generator)
-        is_linear = tensor_name.rsplit(".", 2)[-2] in LINEARS and tensor_name.endswith(".weight")
-        if quantize is not None and is_linear:
-            tensor = quantize_4bit(tensor, quantize, 32 if quantize == "int4" else 64, name=tensor_name)
-        weights[tensor_name] = tensor
+
+    def drawn():
+        for tensor_name, shape in expected_tensors(config).items():
+            if tensor_name.endswith("norm.weight"):
+                yield tensor_name, torch.ones(shape, device=device, dtype=dtype)
+                continue
+            tensor = torch.empty(shape, device=device, dtype=dtype).normal_(std=STD, generator=generator)
+            is_linear = tensor_name.rsplit(".", 2)[-2] in LINEARS and tensor_name.endswith(".weight")
+            if quantize is not None and is_linear:
+                tensor = quantize_4bit(tensor, quantize, 32 if quantize == "int4" else 64, name=tensor_name)
+            yield tensor_name, tensor
+
+    weights = dict(stack_weights(drawn()))
     policy = Policy(Transformer(config, weights), tokenizer, name=f"{name} with random weights")
     if lora is not None:
         policy.add_adapters(lora, seed=seed)
