@@ -12,8 +12,8 @@ import torch
 from ..kernels import quantize_4bit
 from .checkpoint import expected_tensors, open_checkpoint, resolve_checkpoint
 from .config import ModelConfig
-from .lora import DEFAULT_LORA
 from .linear import LINEARS, stack_weights
+from .lora import DEFAULT_LORA
 from .model import Transformer
 from .policy import Policy
 
