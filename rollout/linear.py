@@ -41,13 +41,13 @@ def concatenate(weights):
         return torch.cat(weights)
     if first.format == "nf4" and not all(torch.equal(w.code_book, first.code_book) for w in weights):
         raise ValueError("nf4 weights that share an input have different code books")
-    rows = {"codes": torch.cat([w.codes for w in weights])}
+    stacked = {"codes": torch.cat([w.codes for w in weights])}
     if first.format == "int4":
-        rows |= {name: torch.cat([getattr(w, name) for w in weights]) for name in ("scale", "minimum")}
+        stacked |= {name: torch.cat([getattr(w, name) for w in weights]) for name in ("scale", "minimum")}
     else:
-        rows |= {"scale": torch.cat([w.absmax() for w in weights])}
-        rows |= {"nested_scale": None, "nested_code": None, "nested_offset": None, "first_block": 0}
-    return replace(first, shape=(len(rows["codes"]), first.shape[1]), **rows)
+        stacked |= {"scale": torch.cat([w.absmax() for w in weights])}
+        stacked |= {"nested_scale": None, "nested_code": None, "nested_offset": None, "first_block": 0}
+    return replace(first, shape=(len(stacked["codes"]), first.shape[1]), **stacked)
 
 
 def stack_weights(named):
@@ -75,6 +75,30 @@ def stack_weights(named):
     if waiting:
         name, parts = next(iter(waiting.items()))
         raise ValueError(f"{name} has only {', '.join(parts)}")
+
+
+def share_stacks(weights):
+    """The dict ``weights`` with the parts of stacks as one; in ``weights`` itself they become views of their stacks.
+
+    So no second copy of a weight stays alive, whoever holds ``weights``.
+    """
+    result = {}
+    for name, tensor in stack_weights(weights.items()):
+        result[name] = tensor
+        block, whole, kind = (name.rsplit(".", 2) + [""] * 2)[:3]
+        start = 0
+        for part in STACKS.get(whole, ()):
+            own = f"{block}.{part}.{kind}"
+            if own in weights and own != name:
+                stop = start + weights[own].shape[0]
+                weights[own] = rows(tensor, start, stop)
+                start = stop
+    return result
+
+
+def rows(weight, start, stop):
+    """Rows ``start`` to ``stop`` of a weight, dense or 4-bit, as a view."""
+    return weight.rows(start, stop) if isinstance(weight, QuantizedWeight) else weight[start:stop]
 
 
 class StackedLinear(nn.Module):
@@ -147,9 +171,7 @@ class Projection:
     @property
     def weight(self):
         start = sum(self.linear.sizes[: self.index])
-        stop = start + self.linear.sizes[self.index]
-        weight = self.linear.weight
-        return weight.rows(start, stop) if isinstance(weight, QuantizedWeight) else weight[start:stop]
+        return rows(self.linear.weight, start, start + self.linear.sizes[self.index])
 
     @property
     def lora_a(self):

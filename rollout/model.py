@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..kernels import rms_norm, rotary, swiglu
-from .linear import STACKS, StackedLinear, stack_weights
+from .linear import LINEARS as LINEARS
+from .linear import STACKS, StackedLinear, share_stacks
 from .recompute import PinnedStore, recompute
 
 # With fewer rows a CPU BLAS sums in another order; from here on a row's result does not depend on the other rows.
@@ -56,8 +57,10 @@ class DecoderLayer(nn.Module):
             tensors = weights(f"{_block(name)}.{name}.weight"), weights(f"{_block(name)}.{name}.bias")
             setattr(self, name, StackedLinear(parts, sizes[name], *tensors))
 
-    def linears(self):
-        return [getattr(self, name) for name in STACKS]
+    def parameters_in_use(self):
+        """The adapters' parameters that take part: none where they are switched off."""
+        linears = [getattr(self, name) for name in STACKS]
+        return [p for linear in linears if linear.adapter_on for p in (*linear.lora_a, *linear.lora_b)]
 
     def forward(self, hidden_states, cos, sin, attend):
         x = rms_norm(hidden_states, self.input_norm, self.eps)
@@ -83,10 +86,10 @@ class Transformer(nn.Module):
 
     def __init__(self, config, weights):
         """weights: dict of Hugging Face names, as they are or stacked by ``stack_weights``, to tensors or
-        ``QuantizedWeight``; ``lm_head.weight`` unless tied."""
+        ``QuantizedWeight``; ``lm_head.weight`` unless tied. Projections in it become views of their stacks."""
         super().__init__()
         self.config = config
-        weights = dict(stack_weights(weights.items()))
+        weights = share_stacks(weights)
         self.embedding = weights["model.embed_tokens.weight"]
         self.head = self.embedding if config.tie_word_embeddings else weights["lm_head.weight"]
         self.norm = weights["model.norm.weight"]
@@ -98,15 +101,16 @@ class Transformer(nn.Module):
         )
 
     def linears(self):
-        """Every ``StackedLinear``, in order."""
-        return [linear for layer in self.layers for linear in layer.linears()]
+        """(module name, StackedLinear) of every linear layer, in order."""
+        for layer in self.layers:
+            for name in STACKS:
+                yield f"model.layers.{layer.index}.{_block(name)}.{name}", getattr(layer, name)
 
     def projections(self):
         """(Hugging Face module name, Projection) of every projection, in order."""
-        for layer in self.layers:
-            for name in STACKS:
-                for projection in getattr(layer, name).projections():
-                    yield f"model.layers.{layer.index}.{_block(name)}.{projection.name}", projection
+        for name, linear in self.linears():
+            for projection in linear.projections():
+                yield f"{name.rpartition('.')[0]}.{projection.name}", projection
 
     def forward(self, input_ids, positions, attend):
         """input_ids, positions (T,) int64; attend: see ``attention``. Returns normalised hidden states (T, D)."""
@@ -118,8 +122,7 @@ class Transformer(nn.Module):
             store = PinnedStore(hidden_states.device)
         for layer in self.layers:
             if checkpointed:
-                live = [p for f in layer.linears() if f.adapter_on for p in (*f.lora_a, *f.lora_b)]
-                hidden_states = recompute(layer, hidden_states, others, live, store)
+                hidden_states = recompute(layer, hidden_states, others, layer.parameters_in_use(), store)
             else:
                 hidden_states = layer(hidden_states, *others)
         return rms_norm(hidden_states, self.norm, self.config.rms_norm_eps)

@@ -62,7 +62,7 @@ class Policy:
         """Attach fresh adapters in place of any others; untrained, they leave the base's output as it is."""
         check_targets(lora, self.config.architecture)
         generator = torch.Generator().manual_seed(seed)
-        for linear in self.model.linears():
+        for _, linear in self.model.linears():
             linear.add_adapters(lora.targets, lora.r, lora.alpha, generator)
         self.lora = lora
 
@@ -78,7 +78,7 @@ class Policy:
     @contextlib.contextmanager
     def disable_adapters(self):
         """Inside, the policy is its frozen base: the reference policy, without a second set of weights."""
-        linears = self.model.linears()
+        linears = [linear for _, linear in self.model.linears()]
         before = [linear.adapter_on for linear in linears]
         for linear in linears:
             linear.adapter_on = False
@@ -171,7 +171,7 @@ class Policy:
         self._check_adapter_tensors(tensors, lora, source=str(folder))
         if self.lora is None or (self.lora.r, set(self.lora.targets)) != (lora.r, set(lora.targets)):
             self.add_adapters(lora)
-        for linear in self.model.linears():  # adapters of the same shape stay where they are
+        for _, linear in self.model.linears():  # adapters of the same shape stay where they are
             linear.scaling = lora.alpha / lora.r
         self.lora = lora
         self.load_adapter_tensors(tensors, source=str(folder))

@@ -80,6 +80,23 @@ def test_stacking_frees_the_parts_and_passes_the_rest_through():
     assert again.keys() == stacked.keys() and all(again[name] is stacked[name] for name in stacked)
 
 
+@pytest.mark.parametrize("quantise", [FORMATS["dense"], FORMATS["nf4"]])
+def test_a_model_shares_its_weights_with_the_dict_it_was_made_of(quantise):
+    plain = tiny_weights(small_config("qwen2"))
+    linear = lambda name: name.rsplit(".", 2)[-2] in LINEARS and name.endswith("weight")
+    weights = {name: quantise(tensor) if linear(name) else tensor for name, tensor in plain.items()}
+    expected = {name: dense(weight).clone() for name, weight in weights.items()}
+    model = Transformer(small_config("qwen2"), weights)
+    assert weights.keys() == plain.keys()
+    for name, weight in weights.items():
+        assert torch.equal(dense(weight), expected[name]), name
+    codes = lambda weight: weight.codes if isinstance(weight, QuantizedWeight) else weight
+    for name, projection in model.projections():
+        assert codes(weights[f"{name}.weight"]).data_ptr() == codes(projection.weight).data_ptr()
+        own, whole = codes(projection.weight), codes(projection.linear.weight)
+        assert own.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+
+
 def test_a_stack_that_lacks_a_part_is_named():
     weights = tiny_weights(small_config())
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -129,7 +146,7 @@ def test_stacked_projections_are_the_projections_one_by_one(targets, format, row
 
 def test_adapters_are_views_of_buffers_that_an_optimiser_updates():
     policy = tiny_policy(lora=LoraConfig(r=4))
-    for linear in policy.model.linears():
+    for _, linear in policy.model.linears():
         for parts in (linear.lora_a, linear.lora_b):
             whole, end = parts[0].untyped_storage(), parts[0].data_ptr()
             for part in parts:
@@ -166,6 +183,6 @@ def test_an_adapter_of_the_same_shape_is_loaded_in_place(tmp_path):
     address = [p.data_ptr() for p in policy.adapters().values()]
     policy.load_adapter(tmp_path)
     assert address == [p.data_ptr() for p in policy.adapters().values()]
-    assert policy.lora.alpha == 8 and all(linear.scaling == 2 for linear in policy.model.linears())
+    assert policy.lora.alpha == 8 and all(linear.scaling == 2 for _, linear in policy.model.linears())
     for name, tensor in other.adapters().items():
         assert torch.equal(policy.adapters()[name], tensor)
