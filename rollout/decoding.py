@@ -202,13 +202,15 @@ class Decoder:
         window: the most steps of any call. What stands behind the end of a completion means nothing.
         """
         width = max(MIN_WIDTH, 1 << (max(len(s.block_table) for s in sequences) - 1).bit_length())
+        # Without graphs a GPU computes the same shapes as with them: its library chooses its sums by them.
+        batch = _bucket(len(sequences)) if self.draw.stops.is_cuda else len(sequences)
         if self.graphs is None:
-            state = self._state(len(sequences), width, steps)
+            state = self._state(batch, width, steps)
             if steps == 1 and not self.draw.stops.is_cuda:
                 state.share(sequences)
             step = lambda: decode_step(self.policy.model, cache, self.draw, state)
         else:
-            state, step = self._captured(cache, _bucket(len(sequences)), width, window)
+            state, step = self._captured(cache, batch, width, window)
         state.fill(sequences, self.draw.params.max_tokens)
         for _ in range(steps):
             step()

@@ -141,13 +141,20 @@ class Sampler:
             )
 
     def _num_blocks(self, prompts, params, group_size):
-        """Blocks in the cache: what kv_memory holds, or what max_batch of the longest sequences need."""
+        """Blocks in the cache: what the groups that fit max_batch need at once, or what kv_memory holds of it."""
         if not prompts:
             return 1
-        longest = -(-(max(map(len, prompts)) + params.max_tokens) // self.block_size)
-        rows = min(self.max_batch, len(prompts) * group_size)
+        needs, longest = [], 0
+        for prompt in prompts:  # full blocks of the prompt are shared, all others belong to one member
+            shared, whole = (
+                len(prompt) // self.block_size,
+                -(-(len(prompt) + params.max_tokens) // self.block_size),
+            )
+            needs.append(shared + group_size * (whole - shared))
+            longest = max(longest, whole)
+        wanted = sum(sorted(needs)[-(self.max_batch // group_size) :])
         if self.kv_memory is None:
-            return longest * rows
+            return wanted
         block_bytes = KVCache.bytes_per_block(self.policy.config, self.block_size, self.policy.dtype)
         num_blocks = self.kv_memory // block_bytes
         if num_blocks < longest:
@@ -155,7 +162,7 @@ class Sampler:
                 f"kv_memory of {self.kv_memory} bytes holds {num_blocks} blocks of {self.block_size} tokens "
                 f"({block_bytes} bytes each); the longest request needs {longest}"
             )
-        return int(min(num_blocks, longest * rows))
+        return int(min(num_blocks, wanted))
 
     def _prefill(self, cache, scheduler, admitted, params):
         """Compute the uncached tokens of ``admitted``, fork their groups and draw: yields (sequences, drawn)."""

@@ -6,7 +6,7 @@ from checkpoints import small_config
 from nanogrpo.rollout import LoraConfig, Policy, Sampler, SamplingParams, resolve_checkpoint
 from nanogrpo.rollout.kv_cache import KVCache
 from nanogrpo.rollout.scheduler import Scheduler
-from tiny import LLAMA3_ROPE, tiny_policy
+from tiny import LLAMA3_ROPE, perturb_adapters, tiny_policy, tiny_weights
 
 EOS = (5, 9)
 PARAMS = SamplingParams(max_tokens=24, seed=11)
@@ -109,6 +109,21 @@ def test_completions_do_not_depend_on_the_window(policy, options):
                 assert (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
                 torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-5, rtol=1e-5)
                 torch.testing.assert_close(a.kept_mass, b.kept_mass, atol=1e-5, rtol=1e-5)
+
+
+def test_the_cache_holds_each_prompt_once_and_nothing_is_preempted(policy, monkeypatch):
+    monkeypatch.setattr(Scheduler, "_preempt", lambda *_: pytest.fail("preempted"))
+    caches, make = [], KVCache.__init__
+    monkeypatch.setattr(
+        KVCache, "__init__", lambda self, config, num_blocks, *a, **k: (
+            caches.append(num_blocks), make(self, config, num_blocks, *a, **k))[1]
+    )  # fmt: skip
+    prompts = [[7] * 40, [*range(40, 88)], [3] * 17]
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    for max_batch, window in ((8, 1), (11, 16), (64, 16)):
+        Sampler(policy, max_batch=max_batch, window=window).generate(prompts, params, group_size=4)
+    needs = [2 + 4 * 3, 3 + 4 * 3, 1 + 4 * 3]
+    assert caches == [needs[0] + needs[1]] * 2 + [sum(needs)]
 
 
 def test_a_prompt_completes_the_same_beside_others(policy, baseline):
@@ -266,3 +281,65 @@ def test_smollm2_says_paris_as_transformers_does():
     )
     ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
     assert ours.token_ids == ids[0, len(prompt) :].tolist()
+
+
+def gpu_policy():
+    weights = {name: tensor.cuda().bfloat16() for name, tensor in tiny_weights(small_config()).items()}
+    return tiny_policy(weights=weights, lora=LoraConfig(r=4), eos_token_ids=EOS)
+
+
+GPU_PARAMS = [
+    {},
+    {"temperature": 0},
+    {"top_k": 9, "top_p": 0.9, "min_p": 0.01, "temperature": 0.8},
+    {"repetition_penalty": 1.3, "min_tokens": 9, "logit_bias": {3: 1.0, 40: -torch.inf}},
+    {"stop": ("a", "kl"), "ignore_eos": True},
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", GPU_PARAMS, ids=str)
+def test_gpu_graphs_change_nothing(options):
+    policy, params = gpu_policy(), SamplingParams(max_tokens=40, seed=4, **options)
+    sampler = Sampler(policy, max_batch=16)
+    eager = Sampler(policy, max_batch=16, cuda_graphs=False).generate(PROMPTS, params, group_size=4)
+    assert sampler.generate(PROMPTS, params, group_size=4) == eager
+    graphs = len(sampler.decoder.graphs)
+    assert graphs > 0 and sampler.generate(PROMPTS, params, group_size=4) == eager
+    assert len(sampler.decoder.graphs) == graphs, "a second call captured again"
+
+
+@pytest.mark.gpu
+def test_gpu_graphs_live_through_other_seeds_optimiser_steps_and_a_moved_cache():
+    policy = gpu_policy()
+    sampler, seen = Sampler(policy, max_batch=8), set()
+    sampler.generate(PROMPTS[:1], SamplingParams(max_tokens=24, ignore_eos=True), group_size=8)
+    graphs = set(sampler.decoder.graphs)
+    hog = []
+    for seed in range(4):
+        perturb_adapters(policy, seed)
+        hog.append(torch.full((1 + seed, 2**20), torch.nan, device="cuda"))  # where the last cache stood
+        params = SamplingParams(max_tokens=24, ignore_eos=True, seed=seed % 2)
+        results = sampler.generate(PROMPTS[:1], params, group_size=8)
+        assert results == Sampler(policy, cuda_graphs=False).generate(PROMPTS[:1], params, group_size=8)
+        seen.add(str(tokens(results)))
+    assert set(sampler.decoder.graphs) == graphs and len(seen) == 4
+    with policy.disable_adapters():
+        results = sampler.generate(PROMPTS[:1], PARAMS, group_size=8)
+        assert results == Sampler(policy, cuda_graphs=False).generate(PROMPTS[:1], PARAMS, group_size=8)
+
+
+@pytest.mark.gpu
+def test_gpu_logprobs_are_near_those_of_scoring():
+    policy = gpu_policy()
+    results = Sampler(policy).generate(PROMPTS, PARAMS, group_size=4)
+    flat, mask, borders = [], [], [0]
+    for prompt, group in zip(PROMPTS, results, strict=True):
+        for completion in group:
+            flat += prompt + completion.token_ids
+            mask += [False] * len(prompt) + [True] * len(completion.token_ids)
+            borders.append(len(flat))
+    mask = torch.tensor(mask, device="cuda")
+    with torch.no_grad():
+        scored = policy.score(torch.tensor(flat, device="cuda"), mask, cu_seqlens=torch.tensor(borders))[mask]
+    assert (logprobs(results) - scored.cpu()).abs().max() < 0.2
