@@ -31,8 +31,12 @@ class GRPOConfig:
         None,
         "instead of a model, a published shape with random weights, to measure: qwen2.5-1.5b, phi-4, ...",
     )
-    task: str = setting("larger", f"what to learn: {', '.join(TASKS)}")
-    rewards: str = setting("format:0.2,correct:0.8", f"name:weight, ...; names: {', '.join(REWARDS)}")
+    task: str = setting(
+        "larger", f"what to learn: {', '.join(TASKS)}, gsm8k, gsm8k:FOLDER, reasoning_gym:NAME"
+    )
+    rewards: str | None = setting(
+        None, f"name:weight, ...; default: the task's own; names: {', '.join(REWARDS)}"
+    )
     reward_timeout: float = setting(60.0, "seconds that one call of a reward function may take")
     reward_processes: int = setting(
         0, "processes that call the reward functions and can be killed; 0: threads of this one"
@@ -40,7 +44,9 @@ class GRPOConfig:
     steps: int | None = setting(None, "optimiser steps; default: what the task takes")
     group_size: int = setting(8, "completions a prompt (G)")
     prompts_per_step: int = setting(8, "prompts a step")
-    max_completion_length: int = setting(8, "tokens a completion at most")
+    max_completion_length: int | None = setting(
+        None, "tokens a completion at most; default: what the task takes"
+    )
     temperature: float = setting(1.2, "sampling temperature")
     algorithm: str = setting("grpo", f"what to train by: {', '.join(ALGORITHMS)}")
     estimator: str | None = setting(
@@ -100,8 +106,9 @@ class GRPOConfig:
 
     def __post_init__(self):
         task = find_task(self.task)
-        if self.steps is None:
-            object.__setattr__(self, "steps", task.steps)
+        for name in ("steps", "rewards", "max_completion_length"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(task, name))
         parse_rewards(self.rewards)
         if self.random_weights is not None:
             if self.model is not None:
@@ -117,7 +124,8 @@ class GRPOConfig:
                 object.__setattr__(self, name, getattr(algorithm.loss, name))
         for known in dataclasses.fields(self):
             value = getattr(self, known.name)
-            if known.type is int and type(value) is not int:
+            whole = known.type in (int, int | None)
+            if whole and type(value) is not int:
                 raise ValueError(f"{known.name} must be an integer, got {value!r}")
             if isinstance(value, float) and math.isinf(value):
                 raise ValueError(f"{known.name} must be finite, got {value}")

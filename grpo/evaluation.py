@@ -8,7 +8,7 @@ from ..rollout import Sampler, SamplingParams
 
 @dataclass(frozen=True)
 class Accuracy:
-    """``correct`` of ``count`` replies were exactly right."""
+    """``correct`` of ``count`` replies were right."""
 
     correct: int
     count: int
@@ -36,5 +36,5 @@ def evaluate(policy, examples, *, max_tokens, max_batch=64):
     groups = Sampler(policy, max_batch=max_batch).generate(prompts, params, group_size=1)
     completions = [group[0] for group in groups]
     pairs = zip(completions, examples, strict=True)
-    correct = sum(c.finish_reason == "stop" and c.text.strip() == e.reply for c, e in pairs)
+    correct = sum(c.finish_reason == "stop" and e.accepts(c.text) for c, e in pairs)
     return Accuracy(correct, len(examples)), completions

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .tagged_answers import TAGGED_REWARDS
+
 
 def format_reward(completion, example):
     """1 if the whole reply has the form of the expected one, whatever its number; it must also have ended."""
@@ -18,11 +20,11 @@ def format_reward(completion, example):
 
 
 def correct_reward(completion, example):
-    """1 if the reply is exactly the expected one."""
-    return float(completion.finish_reason == "stop" and completion.text.strip() == example.reply)
+    """1 if the reply has ended and is right."""
+    return float(completion.finish_reason == "stop" and example.accepts(completion.text))
 
 
-REWARDS = {"format": format_reward, "correct": correct_reward}
+REWARDS = {"format": format_reward, "correct": correct_reward, **TAGGED_REWARDS}
 
 
 class RewardError(ValueError):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -44,7 +45,7 @@ class Run:
     @classmethod
     def create(cls, config, say=print, ranks=None):
         """A new run; ValueError if its folder holds another."""
-        run = cls(config, config.out or f"runs/{config.task}-seed{config.seed}", say, ranks)
+        run = cls(config, config.out or default_folder(config), say, ranks)
         if run.ranks.main:
             run._claim_folder()
         run.ranks.gather(None)  # nobody loads a model for a folder that is refused
@@ -285,6 +286,11 @@ class Run:
             f"peak {memory} {peak / 2**30:.2f} GiB; see {self.folder}"
         )
         return result
+
+
+def default_folder(config):
+    """runs/TASK-seedSEED, where a task's name may be a path."""
+    return Path("runs") / f"{re.sub('[^A-Za-z0-9_.-]+', '-', config.task)}-seed{config.seed}"
 
 
 def read_config(folder):

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from nanogrpo.grpo.tagged_answers import extract_answer, tagged
 from nanogrpo.grpo.tasks import TASKS, find_task
 
 SOLVERS = {
@@ -10,7 +11,7 @@ SOLVERS = {
     "smallest": lambda a: sorted(a)[0],
     "add": lambda a: a[0] + a[1],
 }
-each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
+each_task = pytest.mark.parametrize("task", [TASKS[name] for name in SOLVERS], ids=SOLVERS.keys())
 
 
 def unordered(operands):
@@ -94,3 +95,71 @@ def test_split_too_large():
 def test_unknown_task_names_the_nearest():
     with pytest.raises(ValueError, match="unknown task 'largr'; nearest is 'larger'"):
         find_task("largr")
+
+
+DECIMALS = TASKS["decimals"]
+
+
+def test_every_task_is_tested():
+    assert set(TASKS) == {*SOLVERS, "decimals"}
+
+
+@pytest.mark.parametrize("held_out", [1, 2, 500])
+def test_decimals_hold_out_the_pair_that_is_shown(held_out):
+    train, kept = DECIMALS.split(held_out, seed=3)
+    assert len(kept) == held_out and kept[0] == ("9.11", "9.9")
+    train_keys, kept_keys = {unordered(s) for s in train}, {unordered(s) for s in kept}
+    assert not train_keys & kept_keys and len(train_keys) == len(train) and len(kept_keys) == held_out
+    assert not {unordered(w) for w in DECIMALS.worked} & (train_keys | kept_keys)
+    assert DECIMALS.split(held_out, 3) == (train, kept)
+    assert DECIMALS.draw_each(kept, "x")[0].messages[-1]["content"] == "Which is bigger? 9.11 or 9.9?"
+    if held_out == 500:
+        assert DECIMALS.split(500, 4)[1] != kept
+
+
+def test_decimals_are_right_and_written_in_one_to_three_places():
+    examples = DECIMALS.draw(DECIMALS.split(1)[0], 2000, "answers")
+    longer_wins = equal_wholes = first_wins = 0
+    for example in examples:
+        asked = re.fullmatch(
+            r"Which is bigger\? (\d+\.\d{1,3}) or (\d+\.\d{1,3})\?", example.messages[-1]["content"]
+        )
+        a, b = asked.groups()
+        assert (a, b) == example.operands and float(a) != float(b)
+        assert not a.endswith("0") and not b.endswith("0")
+        assert example.answer == (a if float(a) > float(b) else b)
+        assert example.accepts(example.reply) and not example.accepts(
+            tagged("", a if example.answer == b else b)
+        )
+        equal_wholes += a.partition(".")[0] == b.partition(".")[0]
+        first_wins += example.answer == a
+        if len(a.partition(".")[2]) != len(b.partition(".")[2]):
+            longer_wins += len(example.answer.partition(".")[2]) == max(
+                len(x.partition(".")[2]) for x in (a, b)
+            )
+    # Neither place nor length gives the answer away: both shares are near one half (2,000 draws: 4.5 sigma is 5%).
+    assert 1400 < equal_wholes < 1700 and 900 < first_wins < 1100
+    different = sum(
+        len(e.operands[0].partition(".")[2]) != len(e.operands[1].partition(".")[2]) for e in examples
+    )
+    assert 0.4 < longer_wins / different < 0.6
+
+
+def test_worked_decimals():
+    messages = DECIMALS.example(("9.11", "9.9")).messages
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant", "user"]
+    for question, reply in ((messages[1], messages[2]), (messages[3], messages[4])):
+        a, b = re.findall(r"\d+\.\d+", question["content"])
+        assert extract_answer(reply["content"]) == (a if float(a) > float(b) else b)
+    assert "9.11 is 9.11, 9.9 is 9.90, 9.11 < 9.90." in DECIMALS.example(("9.11", "9.9")).reply
+    # Otherwise the last number seen, or the shorter one, would be the answer of every example.
+    answers = [extract_answer(messages[i]["content"]) for i in (2, 4)]
+    asked = [re.findall(r"\d+\.\d+", messages[i]["content"]) for i in (1, 3)]
+    assert [numbers.index(answer) for numbers, answer in zip(asked, answers, strict=True)] == [0, 1]
+
+
+def test_a_reply_is_right_by_value_whatever_its_reasoning():
+    example = DECIMALS.example(("9.11", "9.9"))
+    assert example.accepts("<reasoning>\nI guess.\n</reasoning>\n<answer>\n9.90\n</answer>\n")
+    for text in ("9.9", "<answer>9.11</answer>", "<answer>9.9", ""):
+        assert not example.accepts(text)
