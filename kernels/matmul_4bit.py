@@ -27,6 +27,7 @@ import triton.language as tl
 from . import _runtime
 from .code_words import WORDS, aligned, block_scale, code_table, decode_words, weight_tile
 from .gemv_4bit import gemv_kernel
+from .packed_matmul import packed_matmul, sum_kernel
 from .quantization import DTYPES, dequantize_4bit_ref, dequantize_op, kernel_format
 
 # By the least compute capability: max_rows, BLOCK_N, num_warps, num_stages, programs that fill the card.
@@ -34,6 +35,21 @@ from .quantization import DTYPES, dequantize_4bit_ref, dequantize_op, kernel_for
 # register operands ptxas before CUDA 13.3 miscompiles.
 CONFIGS = {80: (64, 32, 4, 2, 256)}
 VECTOR_CONFIGS = {80: (4, 16, 4, 1, 512)}  # of the vector route, which keeps no shared memory
+
+# Of packed codes, by the least compute capability and the most rows of x: over_n, warps, rows, columns, depth, ordered,
+# programs, pdl of ``packed_matmul``; beyond the last, dense.
+PACKED_CONFIGS = {
+    80: {
+        8: (False, 4, 1, 1, 2, False, 256, False),
+        16: (False, 4, 1, 2, 2, False, 256, False),
+        64: (True, 4, 2, 4, 1, True, 264, False),
+    },
+    90: {
+        8: (False, 4, 1, 1, 2, False, 256, True),
+        16: (False, 4, 1, 2, 2, False, 256, True),
+        64: (True, 4, 2, 4, 1, True, 264, True),
+    },
+}
 
 
 def matmul_4bit_ref(x, q, bias=None):
@@ -79,19 +95,6 @@ def _matmul_kernel(
     tl.store(out + target[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _sum_kernel(partial, bias, out, total, N, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    """out (M, N) = partial sums (SPLIT, M, N) added in order, + bias; ``total`` = M*N."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < total
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for split in range(SPLIT):
-        acc += tl.load(partial + split * total + index, mask=mask, other=0)
-    if bias is not None:
-        acc += tl.load(bias + index % N, mask=mask, other=0).to(tl.float32)
-    tl.store(out + index, acc.to(out.dtype.element_ty), mask=mask)
-
-
 def _matmul_triton(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -102,6 +105,13 @@ def _matmul_triton(
 ) -> torch.Tensor:
     arch = _runtime.arch(x.device)
     _runtime.check(arch >= min(CONFIGS), f"compute capability {arch}, expected {min(CONFIGS)} or later")
+    if codes.dtype == torch.int32:
+        config = packed_config(arch, *x.shape, len(codes), x.dtype)
+        if config is None:
+            return _matmul_torch(x, codes, scales, bias, quant_block, first_block)
+        with _runtime.launch_on(x):
+            assembly = not _runtime.INTERPRET
+            return packed_matmul(x, codes, scales, bias, first_block, kernel_format(scales), config, assembly)
     max_rows, *fused = _entry(CONFIGS, arch)
     (M, K), N = x.shape, len(codes)
     if M > max_rows or x.dtype == torch.float32:
@@ -135,8 +145,15 @@ def _matmul_triton(
             _matmul_kernel[grid](x.contiguous(), *operands, BLOCK_M=block_m, **layout)
         if split > 1:
             grid = (triton.cdiv(M * N, 1024),)
-            _sum_kernel[grid](target, bias, out, M * N, N, SPLIT=split, BLOCK=1024, num_warps=4)
+            sum_kernel[grid](target, bias, out, M * N, N, SPLIT=split, BLOCK=1024, PDL=False, num_warps=4)
     return out
+
+
+def packed_config(arch, M, K, N, dtype):
+    """The fused configuration for a packed weight (N, K) and M rows of x, or None: dequantise, then a library matmul."""
+    if dtype == torch.float32:
+        return None
+    return next((config for rows, config in _entry(PACKED_CONFIGS, arch).items() if rows >= M), None)
 
 
 def _entry(table, arch):
