@@ -6,9 +6,9 @@ elements: bits 4i to 4i+3 of word j (0..15) of tile t hold the code of element
     k = 128 t + 32 (i // 2) + 8 (j // 4) + 4 (i % 2) + j % 4
 
 so that four words, a lane's share of a row, hold four runs of eight neighbouring elements, as 16 bytes of x do, and
-nothing moves between lanes. int4 codes keep their value. An nf4 code is renumbered, ``new = ORDER.index(old)``, so that codes c and c + 8 agree in sign and in
-bit 7 of both 16-bit roundings of their values: two byte permutations and an exclusive or then look up a byte of four
-values at once (``_nf4_assembly``), where a byte permutation alone reaches but eight entries.
+nothing moves between lanes. int4 codes keep their value. An nf4 code is renumbered, ``new = ORDER.index(old)``, so
+that codes c and c + 8 agree in sign and in bit 7 of both 16-bit roundings of their values: two byte permutations and
+an exclusive or then look up a byte of four values at once (``_nf4_assembly``); one permutation reaches but eight.
 
 The look-up yields GAIN * code_book rounded to 16 bits, and block scales are divided by GAIN. The
 constants were found by search: with them the bits pair up as above, and a value errs by at most 0.0019 of itself in

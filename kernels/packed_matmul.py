@@ -1,19 +1,19 @@
 """x (M, K) @ W.T on packed 4-bit codes (``packed_codes``) and 16-bit x: tensor cores fed from registers alone.
 
-A warp takes ``16 ROWS`` rows of W and up to 64 of x. Codes and x go from global memory straight to the registers of
-the lane that multiplies them: no shared memory, no barrier inside the loop, and the next codes are on their way while
-these are decoded. ``WARPS`` warps of a program take as many row groups of W (OVER_N), or every WARPS-th tile of K of the
-same rows, summed at the end; K is further split over programs where N alone does not fill the card.
+A warp takes 16 ROWS rows of W and 8 COLUMNS of x. Codes and x go from global memory straight to the registers of the
+lane that multiplies them: no shared memory and no barrier inside the loop; codes are loaded DEPTH tiles ahead. The
+WARPS warps of a program take as many groups of rows of W (OVER_N), or every WARPS-th tile of K of the same rows,
+summed at the end; K is split further, over programs, where N alone does not fill the card.
 
-A tile of 128 elements of K takes, for each block of scales b,
+For each block b of scales in a tile of 128 elements of K
 
     nf4    acc += (GAIN code_book[codes] @ x_b) * (scale_b / GAIN)
     int4   acc += ((16 + codes) @ x_b) * scale_b + sum(x_b) * (minimum_b - 16 scale_b)
 
-where the products and sum(x_b) (a product with ones) are exact 16-bit inputs summed in float32, and scales are float32.
-int4 weights are never rounded; nf4's err as ``packed_codes`` states. Bytes: N*K/2 codes and the scales once, x once for
-each 16 ROWS rows (through the caches), partial sums of SPLIT*M*N float32 where K is split over programs.
-A row's result depends on the configuration and that row alone: tiles of x rows share nothing.
+where the products, and sum(x_b) as a product with ones, take 16-bit inputs to float32 sums; scales are float32. int4
+weights are never rounded; nf4's err as ``packed_codes`` states. Bytes: N*K/2 codes and the scales once, x once for
+each group of rows (through the caches), SPLIT*M*N*4 twice for partial sums where K is split. FLOPs: 2*M*N*K.
+A row's result depends on that row and the configuration alone, COLUMNS and DEPTH excepted, which change no bit.
 """
 
 import torch
@@ -23,20 +23,21 @@ import triton.language as tl
 from .code_words import aligned
 from .packed_codes import TILE, UNGAIN_BF16, UNGAIN_FP16, decode_packed
 
-
-@triton.jit
-def _weight_operand(value):
-    """(8, WARPS, 2, 16) -> (WARPS, 16, 16), register for register: a lane's four words are columns 2t, 2t+1, 2t+8, 2t+9."""
-    WARPS: tl.constexpr = value.shape[1]
-    return value.reshape(8, WARPS, 2, 4, 2, 2).permute(1, 2, 0, 4, 3, 5).reshape(WARPS, 16, 16)
+# Loads are tiles of two dimensions, columns in runs and rows (half or group, warp, lane): four lanes to a row, so eight
+# rows fill a warp, the next eight the next warp, and what is left over goes to registers. Tensor cores want the same
+# lanes, so the operands below are but other names of the same registers.
 
 
 @triton.jit
-def _x_operands(value):
-    """(8, WARPS, COLUMNS, 32) -> two of (WARPS, 16, 8 COLUMNS), with K in the order of ``_weight_operand``."""
-    WARPS: tl.constexpr = value.shape[1]
-    COLUMNS: tl.constexpr = value.shape[2]
-    runs = value.reshape(8, WARPS, COLUMNS, 4, 2, 2, 2).permute(1, 5, 3, 6, 2, 0, 4)
+def _weight_operand(value, WARPS: tl.constexpr):
+    """(2 * WARPS * 8, 16) -> (WARPS, 16, 16): lane t's four words are columns 2t, 2t+1, 2t+8, 2t+9."""
+    return value.reshape(2, WARPS, 8, 4, 2, 2).permute(1, 0, 2, 4, 3, 5).reshape(WARPS, 16, 16)
+
+
+@triton.jit
+def _x_operands(value, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(COLUMNS * WARPS * 8, 32) -> two of (WARPS, 16, 8 COLUMNS), with K in the order of ``_weight_operand``."""
+    runs = value.reshape(COLUMNS, WARPS, 8, 4, 2, 2, 2).permute(1, 5, 3, 6, 0, 2, 4)
     return tl.split(runs.reshape(WARPS, 16, 8 * COLUMNS, 2))
 
 
@@ -47,7 +48,7 @@ def _half(bits, SHIFT: tl.constexpr):
 
 @triton.jit
 def _load_tile(pointers, tile, tile_of_row, tiles, FORMAT: tl.constexpr, ROWS: tl.constexpr):
-    """A tile's words and, as one integer for each row, its block scales (and int4's minima); zeros past the end of K."""
+    """A tile's words and, as one integer a row, its block scales (and int4's minima); zeros past the end of K."""
     codes, scales, minima = pointers
     loaded = ()
     exists, exists_of_row = tile < tiles, tile_of_row < tiles
@@ -81,36 +82,38 @@ def _block_scale(scales, raw, block, exists, B: tl.constexpr, FORMAT: tl.constex
 def packed_kernel(
     x, codes, scales, bias, out, M, N, tiles, steps, first_block,
     FORMAT: tl.constexpr, PARTIAL: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr, OVER_N: tl.constexpr,
-    ORDERED: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    WARPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """16 ROWS (OVER_N: times WARPS) columns of x @ W.T, to ``out`` (M, N) with bias or to partial sums (SPLIT, M, N).
 
-    x (M, 128 tiles), codes int32 (N, 16 tiles), scales[0] (and int4's scales[1]) one integer a tile: (N, tiles). A program
-    takes 8 COLUMNS rows of x; a warp ``steps`` tiles of K, DEPTH of them in flight.
+    x (M, 128 tiles), codes int32 (N, 16 tiles), scales[0] (and int4's scales[1]) one integer a tile: (N, tiles). A
+    warp takes ``steps`` tiles of K.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     NF4: tl.constexpr = FORMAT != "int4"
     PER_BLOCK: tl.constexpr = 4 if NF4 else 2
     OVER: tl.constexpr = WARPS if OVER_N else 1
     STRIDE: tl.constexpr = 1 if OVER_N else WARPS
-    # Loads: eight rows by four lanes fill a warp, whatever follows goes to warps, then to registers.
-    lane_row, warp = tl.arange(0, 8)[:, None, None, None], tl.arange(0, WARPS)[None, :, None, None]
-    word = tl.arange(0, 16)[None, None, None, :]
-    element = tl.arange(0, 32)[None, None, None, :]
+    index, x_index = tl.arange(0, 16 * WARPS)[:, None], tl.arange(0, 8 * WARPS * COLUMNS)[:, None]
+    warp, x_warp = index // 8 % WARPS, x_index // 8 % WARPS
+    load_row = index // (8 * WARPS) * 8 + index % 8
+    word, element = tl.arange(0, 16)[None, :], tl.arange(0, 32)[None, :]
     # The same rows and tiles as the accumulator counts them.
     warp_of_row, row_of_tile = tl.arange(0, WARPS)[:, None], tl.arange(0, 16)[None, :]
     row0 = tl.program_id(0).to(tl.int64) * (16 * ROWS * OVER)
     first = tl.program_id(2) * steps * STRIDE
+    tile, x_tile, tile_of_row = first + 0 * warp, first + 0 * x_warp, first + 0 * warp_of_row
+    load_row0, sum_row0 = row0 + 0 * warp, row0 + 0 * warp_of_row
     if OVER_N:
-        tile, tile_of_row = first + 0 * warp, first + 0 * warp_of_row
-        load_row0, sum_row0 = row0 + warp * (16 * ROWS), row0 + warp_of_row * (16 * ROWS)
+        load_row0 += warp * (16 * ROWS)
+        sum_row0 += warp_of_row * (16 * ROWS)
     else:
-        tile, tile_of_row = first + warp, first + warp_of_row
-        load_row0, sum_row0 = row0 + 0 * warp, row0 + 0 * warp_of_row
+        tile += warp
+        x_tile += x_warp
+        tile_of_row += warp_of_row
     code_rows, code_begins, scale_rows, minimum_rows, block_rows, acc = (), (), (), (), (), ()
-    eight = tl.arange(0, 2)[None, None, :, None]
     for r in tl.static_range(ROWS):
-        row = tl.minimum(load_row0 + 16 * r + 8 * eight + lane_row, N - 1)
+        row = tl.minimum(load_row0 + 16 * r + load_row, N - 1)
         code_rows = code_rows + (codes + row * tiles * 16 + word,)
         row = tl.minimum(sum_row0 + 16 * r + row_of_tile, N - 1) * tiles
         code_begins = code_begins + (codes + row * 16,)
@@ -121,16 +124,9 @@ def packed_kernel(
         acc = acc + (tl.zeros((WARPS, 16, 8 * COLUMNS), tl.float32),)
     pointers = (code_rows, scale_rows, minimum_rows)
     m0 = tl.program_id(1) * (8 * COLUMNS)
-    # Tiles past K have codes and scales of zero; rows of x past M are not stored.
-    m = m0 + 8 * tl.arange(0, COLUMNS)[None, None, :, None] + lane_row + 0 * warp
-    if ORDERED:
-        x_rows = x + (m // 8).to(tl.int64) * (tiles * 1024) + lane_row * 32 + element
-        X_TILE: tl.constexpr = 1024
-        X_QUARTER: tl.constexpr = 256
-    else:
-        x_rows = x + tl.minimum(m, M - 1).to(tl.int64) * (tiles * 128) + element
-        X_TILE: tl.constexpr = 128
-        X_QUARTER: tl.constexpr = 32
+    # Rows past M are copies of the last and not stored; tiles past K have codes and scales of zero.
+    m = tl.minimum(m0 + x_index // (8 * WARPS) * 8 + x_index % 8, M - 1)
+    x_rows = x + m.to(tl.int64) * (tiles * 128) + element
     ones = tl.full((WARPS, 16, 16), 1.0, DTYPE)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -152,22 +148,22 @@ def packed_kernel(
         current = queue[0]
         last = _load_tile(pointers, tile + DEPTH * STRIDE, tile_of_row + DEPTH * STRIDE, tiles, FORMAT, ROWS)
         queue = queue[1:] + (last,)
-        x_tiles = x_rows + tl.minimum(tile, tiles - 1) * X_TILE
+        x_tiles = x_rows + tl.minimum(x_tile, tiles - 1) * 128
         for half in tl.static_range(2):
             values = ()
             for r in tl.static_range(ROWS):
                 values = values + (decode_packed(current[r][0], half, DTYPE, NF4, ASSEMBLY),)
             for b in tl.static_range(4 // PER_BLOCK):
                 parts = ()
-                for r in tl.static_range(ROWS):
+                for _row in tl.static_range(ROWS):
                     parts = parts + (tl.zeros((WARPS, 16, 8 * COLUMNS), tl.float32),)
                 total = tl.zeros((WARPS, 16, 8 * COLUMNS), tl.float32)
                 for pair in tl.static_range(b * PER_BLOCK, (b + 1) * PER_BLOCK, 2):
-                    x_pair = _x_operands(tl.load(x_tiles + X_QUARTER * (2 * half + pair // 2)))
+                    x_pair = _x_operands(tl.load(x_tiles + 32 * (2 * half + pair // 2)), WARPS, COLUMNS)
                     for i in tl.static_range(2):
                         added = ()
                         for r in tl.static_range(ROWS):
-                            value = _weight_operand(values[r][pair + i])
+                            value = _weight_operand(values[r][pair + i], WARPS)
                             added = added + (tl.dot(value, x_pair[i], parts[r]),)
                         parts = added
                         if not NF4:
@@ -185,6 +181,7 @@ def packed_kernel(
                     added = added + (sums,)
                 acc = added
         tile += STRIDE
+        x_tile += STRIDE
         tile_of_row += STRIDE
     column = m0 + tl.arange(0, 8 * COLUMNS)
     target = (tl.program_id(2).to(tl.int64) * M + column) * N
@@ -198,24 +195,6 @@ def packed_kernel(
         if bias is not None and not PARTIAL:
             y += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
         tl.store(out + start + n, y.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["M", "tiles"])
-def order_kernel(x, out, M, tiles, PDL: tl.constexpr):
-    """Rows of x (M, 128 tiles), eight at a time, to out: quarters of a tile, within them rows, of 32 elements each."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    tile, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    quarter, row, element = (
-        tl.arange(0, 4)[:, None, None],
-        tl.arange(0, 8)[None, :, None],
-        tl.arange(0, 32)[None, None, :],
-    )
-    m = group * 8 + row
-    source = x + m * (tiles * 128) + tile * 128 + quarter * 32 + element
-    value = tl.load(source, mask=(m < M) & (quarter < 4) & (element < 32), other=0)
-    tl.store(out + (group * tiles + tile) * 1024 + quarter * 256 + row * 32 + element, value)
 
 
 @triton.jit
@@ -245,29 +224,26 @@ def plan(N, tiles, over_n, warps, rows, programs):
 
 
 def packed_matmul(x, words, scales, bias, first_block, format, config, assembly=True):
-    """x (M, K) float16 or bfloat16 @ W.T + bias for packed ``words`` and the ``scales`` of ``QuantizedWeight.operands``.
+    """x (M, K) float16 or bfloat16 @ W.T + bias, of packed ``words`` and the ``scales`` that ``operands`` lists.
 
-    config: over_n, warps, rows (of 16), depth, programs, pdl: as ``matmul_4bit`` lists them.
+    config: over_n, warps, rows (of 16, a warp's), columns (of 8 rows of x, a program's at most), depth (tiles ahead,
+    where a warp takes more than three), programs that fill the card, pdl (programmatic dependent launch).
     """
-    over_n, warps, rows, columns, depth, ordered, programs, pdl = config
+    over_n, warps, rows, columns, depth, programs, pdl = config
     (M, K), N = x.shape, len(words)
     columns = min(columns, triton.next_power_of_2(triton.cdiv(M, 8)))
     across, steps, split = plan(N, K // TILE, over_n, warps, rows, programs)
     whole = torch.int16 if format == "nested_nf4" else torch.int64  # a tile's scales
     per_tile = [aligned(t).view(whole) for t in scales[: 2 if format == "int4" else 1]]
+    depth = 3 if steps <= 3 else depth
     out = x.new_empty(M, N)
     if not out.numel():
         return out
     target = out if split == 1 else x.new_empty(split, M, N, dtype=torch.float32)
     pdl = {"PDL": pdl, "launch_pdl": pdl}
-    x = aligned(x)
-    if ordered:
-        x_ordered = x.new_empty(triton.cdiv(M, 8 * columns) * 8 * columns, K)
-        order_kernel[(K // TILE, triton.cdiv(M, 8))](x, x_ordered, M, K // TILE, num_warps=1, **pdl)
-        x = x_ordered
     packed_kernel[(across, triton.cdiv(M, 8 * columns), split)](
-        x, aligned(words), (*per_tile, *scales[len(per_tile) :]), bias, target, M, N, K // TILE, steps,
-        first_block, FORMAT=format, PARTIAL=split > 1, ASSEMBLY=assembly, OVER_N=over_n, ORDERED=ordered, WARPS=warps, ROWS=rows,
+        aligned(x), aligned(words), (*per_tile, *scales[len(per_tile) :]), bias, target, M, N, K // TILE, steps,
+        first_block, FORMAT=format, PARTIAL=split > 1, ASSEMBLY=assembly, OVER_N=over_n, WARPS=warps, ROWS=rows,
         COLUMNS=columns, DEPTH=depth, num_warps=warps, num_stages=1, **pdl,
     )  # fmt: skip
     if split > 1:
