@@ -23,9 +23,9 @@ import triton.language as tl
 from .code_words import aligned
 from .packed_codes import TILE, UNGAIN_BF16, UNGAIN_FP16, decode_packed
 
-# Loads are tiles of two dimensions, columns in runs and rows (half or group, warp, lane): four lanes to a row, so eight
-# rows fill a warp, the next eight the next warp, and what is left over goes to registers. Tensor cores want the same
-# lanes, so the operands below are but other names of the same registers.
+# Loads are tiles of two dimensions, columns in runs and rows (half or group, warp, lane): four lanes to a row, so
+# eight rows fill a warp, the next eight the next warp, and what is left over goes to registers. Tensor cores want the
+# same lanes, so the operands below are but other names of the same registers.
 
 
 @triton.jit
