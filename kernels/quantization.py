@@ -19,14 +19,11 @@ import triton.language as tl
 
 from . import _runtime
 from .code_words import WORDS, aligned, block_scale, code_table, decode_words, weight_tile
+from .packed_codes import NF4_CODE, ORDER_BITS, unpack
 from .quantized_weight import DTYPES, INT4_BLOCK, NESTED_BLOCK, QuantizedWeight, check_layout, decode_absmax
 
-NF4_CODE = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
 BLOCK_R = 32  # rows of 256 values a program of the CUDA kernel, on every card: it only streams
+PACKED_R = 64  # groups of 128 values a program of its twin for packed codes
 CPU_TILE = 1 << 18  # float32 values: 1 MB, about one core's L2 cache
 
 
@@ -127,7 +124,7 @@ def _dynamic_map():
 def dequantize_4bit_ref(q, dtype=None):
     """What ``dequantize_4bit`` computes: (N, K) in ``dtype``, any floating type, by default that of ``q``."""
     N, K = q.shape
-    codes = q.codes.view(N, K // q.quant_block, q.quant_block // 2)
+    codes = q.unpacked().codes.view(N, K // q.quant_block, q.quant_block // 2)
     low, high = (codes & 15).int(), (codes >> 4).int()
     if q.format == "nf4":
         values = q.code_book[torch.stack((high, low), -1).flatten(-2)] * q.absmax().unsqueeze(-1)
@@ -158,6 +155,29 @@ def _dequantize_kernel(
     tl.store(out + value, tile, mask=value < words.to(tl.int64) * 8)
 
 
+@triton.jit
+def _dequantize_packed_kernel(
+    codes, scales, out, rows, first_block,
+    QUANT_BLOCK: tl.constexpr, FORMAT: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_R groups of 16 packed words, 128 elements each, wherever in the weight they stand."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    word = tl.arange(0, 16)[None, :]
+    mask = row < rows
+    words = tl.load(codes + row * 16 + word, mask=mask, other=0)
+    PER_BLOCK: tl.constexpr = QUANT_BLOCK // 16  # nibbles
+    for b in tl.static_range(8 // PER_BLOCK):
+        scale, minimum = block_scale(scales, row * (8 // PER_BLOCK) + b, mask, first_block, FORMAT)
+        for nibble in tl.static_range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
+            code = (words >> (4 * nibble)) & 15
+            if FORMAT == "int4":
+                value = code.to(tl.float32) * scale + minimum
+            else:
+                value = tl.load(scales[1] + ((ORDER_BITS >> (4 * code.to(tl.int64))) & 15)) * scale
+            k = 32 * (nibble // 2) + 8 * (word // 4) + 4 * (nibble % 2) + word % 4
+            tl.store(out + row * 128 + k, value.to(out.dtype.element_ty), mask=mask)
+
+
 def kernel_format(scales):
     """The FORMAT that ``decode_tile`` compiles for."""
     return {torch.float16: "int4", torch.float32: "nf4", torch.uint8: "nested_nf4"}[scales[0].dtype]
@@ -168,19 +188,41 @@ def _dequantize_triton(
 ) -> torch.Tensor:
     out = _dequantize_fake(codes, scales, quant_block, first_block, dtype)
     words = aligned(codes).view(torch.int32)
-    if words.numel():
-        with _runtime.launch_on(codes):
+    options = {
+        "QUANT_BLOCK": quant_block,
+        "FORMAT": kernel_format(scales),
+        "num_warps": 4,
+        "enable_fp_fusion": False,
+    }
+    if not words.numel():
+        return out
+    with _runtime.launch_on(codes):
+        if codes.dtype == torch.int32:
+            rows = words.numel() // 16
+            _dequantize_packed_kernel[(triton.cdiv(rows, PACKED_R),)](
+                words, tuple(scales), out, rows, first_block, BLOCK_R=PACKED_R, **options
+            )
+        else:
             _dequantize_kernel[(triton.cdiv(words.numel(), BLOCK_R * WORDS),)](
-                words, tuple(scales), out, words.numel(), WORDS, first_block, QUANT_BLOCK=quant_block,
-                FORMAT=kernel_format(scales), BLOCK_R=BLOCK_R, WORDS=WORDS, num_warps=4, enable_fp_fusion=False,
-            )  # fmt: skip
+                words,
+                tuple(scales),
+                out,
+                words.numel(),
+                WORDS,
+                first_block,
+                BLOCK_R=BLOCK_R,
+                WORDS=WORDS,
+                **options,
+            )
     return out
 
 
 def _dequantize_torch(codes, scales, quant_block, first_block, dtype):
     out = _dequantize_fake(codes, scales, quant_block, first_block, dtype)
-    packed, values = codes.view(-1, quant_block // 2), out.view(-1, quant_block)
     nf4 = kernel_format(scales) != "int4"
+    if codes.dtype == torch.int32:
+        codes = unpack(codes, "nf4" if nf4 else "int4")
+    packed, values = codes.view(-1, quant_block // 2), out.view(-1, quant_block)
     scale = (decode_absmax(scales, first_block) if nf4 else scales[0]).view(-1, 1)
     if nf4:
         byte = torch.arange(256, device=codes.device)
@@ -199,7 +241,8 @@ def _dequantize_torch(codes, scales, quant_block, first_block, dtype):
 
 
 def _dequantize_fake(codes, scales, quant_block, first_block, dtype):
-    return torch.empty(codes.shape[0], 2 * codes.shape[1], dtype=dtype, device=codes.device)
+    per_element = 8 if codes.dtype == torch.int32 else 2
+    return torch.empty(codes.shape[0], per_element * codes.shape[1], dtype=dtype, device=codes.device)
 
 
 dequantize_op = _runtime.register(

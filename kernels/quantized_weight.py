@@ -8,7 +8,8 @@ A weight (N, K) is cut along K into blocks of ``quant_block`` values, two 4-bit 
 
 The nibbles keep the order of bitsandbytes (nf4) and GGUF's Q4_1 (int4), so that loading copies bytes: nf4 byte j
 holds element 2j in its high nibble and 2j+1 in its low one; int4 byte j of a block of 16 bytes holds element j in its
-low nibble and j+16 in its high one.
+low nibble and j+16 in its high one. ``packed`` gives the same weight with its codes in the order that tensor cores
+take, words of eight codes, bit by bit in ``packed_codes``; ``unpacked`` inverts it.
 """
 
 import json
@@ -17,10 +18,12 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from . import _runtime
+from .packed_codes import NF4_CODE, TILE, pack, unpack
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 INT4_BLOCK = 32
+PACKED_BLOCK = {"nf4": 64, "int4": 32}  # blocks that packed codes may have
 NESTED_BLOCK = 256  # scales that share one nested scale
 
 
@@ -29,7 +32,7 @@ class QuantizedWeight:
     """A frozen 4-bit weight of ``shape`` (N, K). Made by ``quantize_4bit`` or by a ``from_...`` constructor.
 
     Attributes:
-        codes: (N, K/2) uint8, two codes a byte.
+        codes: (N, K/2) uint8, two codes a byte; or packed, (N, K/8) int32.
         scale: (N, K/quant_block): nf4 absmax float32, or uint8 under double quant; int4 step float16.
         shape: (N, K).
         format: "nf4" or "int4".
@@ -62,7 +65,8 @@ class QuantizedWeight:
         _runtime.check(self.dtype in DTYPES, f"dtype is {self.dtype}, expected one of {DTYPES}")
         blocks, nested = K // self.quant_block, self.nested_scale is not None
         groups = -(-(self.first_block + N * blocks) // NESTED_BLOCK)
-        layout = {"codes": ((N, K // 2), torch.uint8)}
+        layout = {"codes": ((N, K // 8), torch.int32) if self.is_packed else ((N, K // 2), torch.uint8)}
+        _runtime.check(not self.is_packed or self.can_be_packed, f"packed codes: {self._why_not_packed()}")
         if self.format == "int4":
             layout |= {"scale": ((N, blocks), torch.float16), "minimum": ((N, blocks), torch.float16)}
         else:
@@ -87,6 +91,41 @@ class QuantizedWeight:
     @property
     def device(self):
         return self.codes.device
+
+    @property
+    def is_packed(self):
+        """Whether the codes are in ``packed_codes``' order rather than that of files."""
+        return self.codes.dtype == torch.int32
+
+    @property
+    def can_be_packed(self):
+        """Whether shape and blocks allow ``packed``: K a multiple of 128, and nf4 in blocks of 64 or int4."""
+        return self.shape[1] % TILE == 0 and self.quant_block == PACKED_BLOCK[self.format]
+
+    def _why_not_packed(self):
+        block = PACKED_BLOCK[self.format]
+        return (
+            f"{self.format} weight {self.shape} in blocks of {self.quant_block}, "
+            f"expected K a multiple of {TILE} in blocks of {block}"
+        )
+
+    def packed(self):
+        """This weight with codes copied to the order of ``packed_codes``; itself where they are in it already.
+
+        Raises ValueError unless ``can_be_packed`` and the code book, if any, is NF4's own, which that order assumes.
+        """
+        if self.is_packed:
+            return self
+        _runtime.check(self.can_be_packed, self._why_not_packed())
+        if self.format == "nf4":
+            book = self.code_book.tolist()
+            standard = torch.tensor(NF4_CODE).tolist()
+            _runtime.check(book == standard, f"the code book is {book}, expected {standard}")
+        return replace(self, codes=pack(self.codes, self.format))
+
+    def unpacked(self):
+        """This weight with codes in the order of files, the inverse of ``packed``."""
+        return replace(self, codes=unpack(self.codes, self.format)) if self.is_packed else self
 
     @property
     def nbytes(self):
@@ -213,6 +252,7 @@ class QuantizedWeight:
         _runtime.check(
             self.first_block == 0, f"rows that begin {self.first_block} scales into a nested block"
         )
+        codes = self.unpacked().codes
         name = _weight_name(prefix)
         dtype = str(self.dtype).removeprefix("torch.")
         state = {
@@ -229,7 +269,7 @@ class QuantizedWeight:
         packed = list(json.dumps(state).encode())
         entries["quant_state.bitsandbytes__nf4"] = torch.tensor(packed, dtype=torch.uint8, device=self.device)
         saved = {f"{name}.{key}": tensor for key, tensor in entries.items()}
-        return {name: self.codes.reshape(-1, 1)} | saved
+        return {name: codes.reshape(-1, 1)} | saved
 
     @classmethod
     def from_gguf_q4_1(cls, raw, shape, dtype=torch.float32):

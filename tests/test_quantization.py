@@ -83,6 +83,19 @@ def test_dequantize_equals_reference(device, format, double_quant, dtype):
         assert torch.equal(dequantize_4bit(part.to(device), dtype).cpu(), expected[N // 2 :])
 
 
+@every_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_packed_codes_dequantize_to_the_same_bits(device, format, double_quant, dtype):
+    if INTERPRET and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bf16 stores truncate")
+    for N, K in [(1, 128), (37, 384), (5, 4096)]:
+        weight = torch.randn(N, K, generator=torch.Generator().manual_seed(N))
+        q = quantize_4bit(weight, format, double_quant=double_quant)
+        expected, packed = dequantize_4bit_ref(q, dtype), q.to(device).packed()
+        assert torch.equal(dequantize_4bit(packed, dtype).cpu(), expected)
+        assert torch.equal(dequantize_4bit(packed.rows(N // 2, N), dtype).cpu(), expected[N // 2 :])
+
+
 def test_tiles_cover_more_than_one_chunk(monkeypatch):
     monkeypatch.setattr(quantization, "CPU_TILE", 256)
     weight = torch.randn(70, 192, generator=torch.Generator().manual_seed(0))
@@ -151,8 +164,10 @@ def test_dequantize_refuses():
 
 
 @every_format
-def test_operator(device, format, double_quant):
-    q = quantize_4bit(torch.randn(9, 192), format, double_quant=double_quant).to(device)
+@pytest.mark.parametrize("packed", [False, True])
+def test_operator(device, format, double_quant, packed):
+    q = quantize_4bit(torch.randn(9, 256), format, double_quant=double_quant).to(device)
+    q = q.packed() if packed else q
     arguments = (*q.operands(), torch.float32)
     torch.library.opcheck(torch.ops.nanogrpo.dequantize_4bit.default, arguments)
     compiled = torch.compile(lambda: dequantize_4bit(q), fullgraph=True, backend="aot_eager")
@@ -166,10 +181,11 @@ def test_compiles(cc):
         for format, double_quant in FORMATS:
             q = quantize_4bit(torch.randn(2, 8192), format, double_quant=double_quant)
             quantization._dequantize_triton(*q.operands(), torch.bfloat16)
+            quantization._dequantize_triton(*q.packed().operands(), torch.bfloat16)
         q = quantize_4bit(torch.randn(2, 8192), block_size=4096)
         quantization._dequantize_triton(*q.operands(), torch.float32)
 
-    assert_compiles(launch, cc, {"_dequantize_kernel"})
+    assert_compiles(launch, cc, {"_dequantize_kernel", "_dequantize_packed_kernel"})
 
 
 @pytest.mark.gpu
@@ -188,6 +204,7 @@ def test_real_shape_on_cuda(format, double_quant, dtype):
     values = dequantize_4bit(moved, dtype)
     assert torch.cuda.max_memory_allocated() - before <= values.nbytes + 2**20  # one megabyte of rounding
     assert torch.equal(values.cpu(), expected)
+    assert torch.equal(dequantize_4bit(moved.packed(), dtype).cpu(), expected)
 
 
 @pytest.mark.gpu
@@ -196,6 +213,9 @@ def test_more_than_two_to_the_31_values(format):
     N, K = 2**18 + 8, 8192
     row = quantize_4bit(torch.randn(8, K), format)
     q = row.index_rows(torch.arange(N) % 8).to("cuda")
-    values, expected = dequantize_4bit(q, torch.bfloat16), dequantize_4bit_ref(row, torch.bfloat16).cuda()
+    expected = dequantize_4bit_ref(row, torch.bfloat16).cuda()
+    packed = row.packed().index_rows(torch.arange(N) % 8).to("cuda")
+    assert torch.equal(dequantize_4bit(packed, torch.bfloat16)[-8:], expected)
+    values = dequantize_4bit(q, torch.bfloat16)
     assert torch.equal(values[:8], expected) and torch.equal(values[-8:], expected)
     assert torch.equal(values.view(-1, 8 * K).sum(1), expected.reshape(1, -1).sum(1).expand(N // 8))

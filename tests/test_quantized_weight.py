@@ -103,6 +103,57 @@ def test_safetensors_file(tmp_path, format, double_quant, sliced):
     assert torch.equal(dequantize_4bit_ref(loaded), dequantize_4bit_ref(q))
 
 
+@every_format
+@pytest.mark.parametrize("sliced", [False, True])
+def test_packed_inverts_and_keeps_every_view(tmp_path, format, double_quant, sliced):
+    q = made(150, 384, format, double_quant, torch.bfloat16)
+    q = q.rows(70, 149) if sliced else q
+    packed, values, N = q.packed(), dequantize_4bit_ref(q), q.shape[0]
+    assert packed.is_packed and not q.is_packed and packed.packed() is packed and q.unpacked() is q
+    assert packed.nbytes == q.nbytes and packed.codes.dtype == torch.int32
+    assert same(packed.unpacked(), q) and packed.unpacked().first_block == q.first_block
+    assert torch.equal(dequantize_4bit_ref(packed), values)
+    part = packed.rows(13, 50)
+    assert torch.equal(dequantize_4bit_ref(part), values[13:50])
+    assert part.codes.untyped_storage().data_ptr() == packed.codes.untyped_storage().data_ptr()
+    index = torch.randperm(N, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(dequantize_4bit_ref(packed.index_rows(index)), values[index])
+    assert same(packed.to("cpu"), packed)
+    path = tmp_path / "weight.safetensors"
+    safetensors.torch.save_file(packed.tensors(), path, metadata=packed.metadata)
+    with safetensors.safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        loaded = QuantizedWeight.from_tensors(tensors, file.metadata())
+    assert loaded.is_packed and same(loaded, packed)
+    if format == "nf4" and not sliced:
+        saved, expected = packed.to_bitsandbytes("up"), q.to_bitsandbytes("up")
+        assert all(torch.equal(saved[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "shape, options",
+    [
+        ((4, 192), {}),
+        ((4, 192), {"format": "int4"}),
+        ((4, 128), {"block_size": 32}),
+        ((4, 128), {"block_size": 128}),
+    ],
+)
+def test_packed_refuses_other_layouts(shape, options):
+    q = quantize_4bit(torch.ones(shape), **options)
+    assert not q.can_be_packed
+    with pytest.raises(ValueError, match="expected K a multiple of 128 in blocks of"):
+        q.packed()
+    with pytest.raises(ValueError, match="packed codes: .* expected K a multiple of 128 in blocks of"):
+        dataclasses.replace(q, codes=torch.zeros(4, shape[1] // 8, dtype=torch.int32))
+
+
+def test_packed_refuses_another_code_book():
+    q = dataclasses.replace(made(K=128), code_book=torch.arange(16.0))
+    with pytest.raises(ValueError, match="the code book is .*, expected"):
+        q.packed()
+
+
 def test_from_tensors_refuses():
     q = made()
     with pytest.raises(ValueError, match=r"expected \['shape'\] too"):
@@ -218,6 +269,7 @@ def test_from_gguf_refuses(raw):
     "change, message",
     [
         ({"codes": torch.zeros(11, 95, dtype=torch.uint8)}, "codes is"),
+        ({"codes": torch.zeros(11, 24, dtype=torch.int32)}, "packed codes: nf4 weight"),
         ({"scale": torch.zeros(11, 3, dtype=torch.float16)}, "scale is"),
         ({"scale": torch.zeros(3, 11).T}, "expected contiguous"),
         ({"code_book": None}, "expected .*code_book"),
