@@ -85,7 +85,8 @@ def weight_bytes(model, quantize, itemsize):
         if quantize is None or not name.endswith("_proj.weight"):
             total += values * itemsize
         elif quantize == "nf4":
-            total += values // 2 + 4 * values // 64 + 64
+            first_of_its_stack = not name.endswith(("k_proj.weight", "v_proj.weight", "up_proj.weight"))
+            total += values // 2 + 4 * values // 64 + 64 * first_of_its_stack  # with one code book a stack
         else:
             total += values // 2 + 4 * values // 32
     return total

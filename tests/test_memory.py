@@ -24,7 +24,6 @@ from nanogrpo.grpo.memory import (
 from nanogrpo.grpo.optimizer import make_optimizer
 from nanogrpo.kernels import QuantizedWeight
 from nanogrpo.rollout import LoraConfig, ModelConfig, Policy
-from nanogrpo.rollout.attention import TreeAttention
 from nanogrpo.rollout.checkpoint import expected_tensors
 from nanogrpo.rollout.kv_cache import KVCache
 from nanogrpo.rollout.model import Transformer
@@ -124,10 +123,26 @@ class Watch(TorchDispatchMode):
 WIDE = ModelConfig("llama", 64, 128, 384, 6, 4, 2, 32)
 
 
+class Attended(torch.autograd.Function):
+    """Keeps what ``tree_attention`` keeps on a GPU; its CPU path works in float64, tile by tile."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], 1)
+        ctx.save_for_backward(q, k, v, out, out[..., 0].float())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *_ = ctx.saved_tensors
+        total = grad.unflatten(1, (k.shape[1], -1)).sum(2)
+        return grad.clone(), total, total.clone()
+
+
 def training_peak(model, sequences, *, checkpoint_layers):
     generator = torch.Generator().manual_seed(0)
     shapes = expected_tensors(model).items()
-    weights = {n: 0.05 * torch.randn(s, generator=generator, dtype=torch.bfloat16) for n, s in shapes}
+    weights = {n: 0.05 * torch.randn(s, generator=generator) for n, s in shapes}
     policy = Policy(Transformer(model, weights), CharTokenizer(), name="wide")
     policy.add_adapters(LoraConfig(r=4, alpha=4))
     policy.model.checkpoint_layers = checkpoint_layers
@@ -135,7 +150,7 @@ def training_peak(model, sequences, *, checkpoint_layers):
         parameter.grad = torch.zeros_like(parameter)  # counted apart
     tree = pack_tree(sequences)
     with Watch() as watch:
-        hidden_states = policy.model(tree.input_ids, tree.positions, TreeAttention(tree.key_end))
+        hidden_states = policy.model(tree.input_ids, tree.positions, lambda layer, *qkv: Attended.apply(*qkv))
         hidden_states.float().square().sum().backward()
         del hidden_states
     return watch.peak, tree.input_ids.numel()
@@ -150,7 +165,7 @@ def test_activations_are_bounded(checkpoint_layers, tokens):
     config = GRPOConfig(
         token_budget=T, lora_r=4, checkpoint_layers=checkpoint_layers, max_completion_length=T - 1
     )
-    training = plan_memory(WIDE, config, 1, dtype=torch.bfloat16).training
+    training = plan_memory(WIDE, config, 1, dtype=torch.float32).training
     bound = training["checkpoints"] + training["activations"]
     assert peak <= bound <= 2 * peak, f"{peak} measured, {bound} planned"
 
