@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from cross_compile import assert_compiles, every_card
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from nanogrpo.kernels import tree_attention, tree_plan
 from numerics import EPS, assert_no_worse_than
@@ -37,7 +37,7 @@ def family(prefix, lengths):
 @st.composite
 def key_ends(draw):
     """Several families, some of them nested, some tokens without any visible query."""
-    lengths = st.lists(st.sampled_from([1, 3, 31, 64, 70]), min_size=1, max_size=3)
+    lengths = st.lists(st.sampled_from([1, 3, 31, 63, 64, 70, 127]), min_size=1, max_size=3)
     parts, start = [], 0
     for _ in range(draw(st.integers(1, 3))):
         part = family(draw(st.sampled_from([0, 1, 20, 66])), draw(lengths))
@@ -78,7 +78,7 @@ def assert_correct(q, k, v, key_end, dout, **options):
 
 @given(
     key_ends(),
-    st.sampled_from([(1, 1), (2, 1), (6, 2), (3, 3)]),
+    st.sampled_from([(1, 1), (3, 1), (4, 2), (2, 2)]),
     st.sampled_from([1, 16, 24, 64, 96, 128, 200]),
     st.sampled_from(DTYPES),
     st.sampled_from([None, 0.3]),
@@ -200,6 +200,7 @@ def test_long_walks_are_cut_and_merged(device):
     st.integers(1, 600),
     st.integers(0, 32),
 )
+@example(chains([63, 65]), (32, 32), (16, 32), 4, 1)  # the last query of a block sees none of a key block
 @pytest.mark.skipif(not INTERPRET, reason="the plan is Triton's")
 def test_plan_lists_each_tile_once(key_end, plan, dkv, programs, slots):
     T, group, kv_heads = len(key_end), 3, 2
