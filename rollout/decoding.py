@@ -13,14 +13,24 @@ import torch.nn.functional as F
 
 from ..kernels import advance_rows
 from .attention import PagedAttention
+from .graphs import StepGraphs
 from .kv_cache import KVCache
 from .model import MIN_ROWS
+from .prefill import PrefillState, prefill_step
 from .sampling import sample
 
 LOGIT_BYTES = 80 * 2**20  # logits that exist at once on a GPU
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # rows; then by 64
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)  # rows of a captured step; then by 64
+PREFILL_BUCKETS = (
+    32,
+    64,
+    128,
+    192,
+    256,
+    384,
+    512,
+)  # tokens of a captured prefill; beyond, launches are hidden
 MIN_WIDTH = 16  # blocks of the narrowest block table
-MAX_GRAPHS = 64
 
 
 class TokenSampler:
@@ -152,9 +162,8 @@ def decode_step(model, cache, draw, state):
         slots = torch.where(state.context_lens > 0, block * page + positions % page, -1)
         inputs = [x[state.leaders] for x in inputs]
     computed = len(inputs[0])
-    if (
-        not tokens.is_cuda and computed < MIN_ROWS
-    ):  # padding: tokens that store nothing, of rows that see nothing
+    if not tokens.is_cuda and computed < MIN_ROWS:
+        # Padding: tokens that store nothing, of rows that see nothing.
         inputs = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, MIN_ROWS - computed)) for x in inputs]
     tokens, positions, table, context_lens = inputs
     hidden_states = model(tokens, positions, PagedAttention(cache, slots, source, table, context_lens))
@@ -175,16 +184,15 @@ def decode_step(model, cache, draw, state):
 
 
 class Decoder:
-    """Runs decode steps of a policy: on a GPU by CUDA graphs, captured on first use and kept from call to call."""
+    """Runs a policy's prefills and decode steps: on a GPU by CUDA graphs, which are kept from call to call."""
 
     def __init__(self, policy, *, graphs):
         self.policy = policy
-        self.graphs = {} if graphs and policy.device.type == "cuda" else None
-        self.pool = None
-        self.adapters = None
+        self.on_gpu = policy.device.type == "cuda"
+        self.graphs = StepGraphs(policy) if graphs and self.on_gpu else None
         self.draw = TokenSampler(policy.config.vocab_size, policy.device)
         self.addresses = None
-        if policy.device.type == "cuda":
+        if self.on_gpu:
             layers = policy.config.num_hidden_layers
             self.addresses = torch.zeros(layers, 2, dtype=torch.int64, device=policy.device)
 
@@ -196,51 +204,63 @@ class Decoder:
             device=policy.device, dtype=policy.dtype, addresses=self.addresses,
         )  # fmt: skip
 
-    def run(self, cache, sequences, steps, *, window):
+    def prefill(self, cache, parts):
+        """Compute ``parts``: (sequence, stop), each from its ``num_cached``; hidden states (S, D) of their ends."""
+        tokens, sequences = sum(stop - s.num_cached for s, stop in parts), len(parts)
+        width = max(len(s.block_table) for s, _ in parts)
+        small = self.on_gpu and tokens <= PREFILL_BUCKETS[-1]
+        if small:  # the launches take longer than the work; without graphs too a GPU computes these shapes
+            tokens, sequences = _bucket(tokens, PREFILL_BUCKETS), _bucket(sequences, BUCKETS)
+            width = _table_width(width)
+        elif not self.on_gpu:
+            tokens = max(tokens, MIN_ROWS)
+
+        def make():
+            state = PrefillState(tokens, sequences, width, self.policy.device)
+            return state, lambda: prefill_step(self.policy.model, cache, state)
+
+        if small and self.graphs is not None:
+            state, run = self.graphs.get(("prefill", tokens, sequences, width, cache.block_size), make)
+        else:
+            state, run = make()
+        state.fill(parts, cache.block_size)
+        run()
+        return state.hidden_states
+
+    def decode(self, cache, sequences, steps, *, window):
         """Let ``steps`` tokens be drawn for ``sequences``; returns (tokens, logprobs, kept), each (steps, B) numpy.
 
         window: the most steps of any call. What stands behind the end of a completion means nothing.
         """
-        width = max(MIN_WIDTH, 1 << (max(len(s.block_table) for s in sequences) - 1).bit_length())
-        # Without graphs a GPU computes the same shapes as with them: its library chooses its sums by them.
-        batch = _bucket(len(sequences)) if self.draw.stops.is_cuda else len(sequences)
-        if self.graphs is None:
-            state = self._state(batch, width, steps)
-            if steps == 1 and not self.draw.stops.is_cuda:
-                state.share(sequences)
-            step = lambda: decode_step(self.policy.model, cache, self.draw, state)
+        width = _table_width(max(len(s.block_table) for s in sequences))
+        batch = _bucket(len(sequences), BUCKETS) if self.on_gpu else len(sequences)
+
+        def make():
+            penalty = self.draw.params.repetition_penalty != 1
+            vocab_size = self.policy.config.vocab_size if penalty else None
+            state = DecodeState(batch, width, window, self.policy.device, vocab_size=vocab_size)
+            return state, lambda: decode_step(self.policy.model, cache, self.draw, state)
+
+        if self.graphs is not None:
+            key = "decode", batch, width, window, cache.block_size, self.draw.key
+            state, run = self.graphs.get(key, make)
         else:
-            state, step = self._captured(cache, batch, width, window)
+            state, run = make()
+            if steps == 1 and not self.on_gpu:
+                state.share(sequences)
         state.fill(sequences, self.draw.params.max_tokens)
         for _ in range(steps):
-            step()
+            run()
         return [x[:, : len(sequences)] for x in state.read(steps)]
 
-    def _state(self, batch, width, steps):
-        config = self.policy.config
-        vocab_size = config.vocab_size if self.draw.params.repetition_penalty != 1 else None
-        return DecodeState(batch, width, steps, self.policy.device, vocab_size=vocab_size)
 
-    def _captured(self, cache, batch, width, window):
-        adapters = tuple(p.data_ptr() for p in self.policy.adapters().values())
-        if adapters != self.adapters or len(self.graphs) >= MAX_GRAPHS:
-            self.graphs.clear()
-            self.adapters = adapters
-        live = tuple(linear.adapter_on for linear in self.policy.model.linears())
-        key = batch, width, window, cache.block_size, live, self.draw.key
-        if key not in self.graphs:
-            state = self._state(batch, width, window)
-            step = lambda: decode_step(self.policy.model, cache, self.draw, state)
-            step()  # compiles what is to be captured; no row is alive, so nothing is stored
-            graph = torch.cuda.CUDAGraph()
-            if self.pool is None:
-                self.pool = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self.pool):
-                step()
-            self.graphs[key] = state, graph
-        state, graph = self.graphs[key]
-        return state, graph.replay
+def _bucket(count, buckets):
+    return next((size for size in buckets if size >= count), -(-count // 64) * 64)
 
 
-def _bucket(batch):
-    return next((rows for rows in BUCKETS if rows >= batch), -(-batch // 64) * 64)
+def _table_width(blocks):
+    """Blocks of a table that holds ``blocks``: few widths, few graphs."""
+    width = MIN_WIDTH
+    while width < blocks:
+        width *= 4
+    return width

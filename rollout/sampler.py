@@ -5,10 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .attention import PagedAttention
 from .decoding import Decoder, mark_seen
 from .kv_cache import BlockAllocator, KVCache
-from .model import MIN_ROWS
 from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .streaming import TextStream
@@ -146,10 +144,8 @@ class Sampler:
             return 1
         needs, longest = [], 0
         for prompt in prompts:  # full blocks of the prompt are shared, all others belong to one member
-            shared, whole = (
-                len(prompt) // self.block_size,
-                -(-(len(prompt) + params.max_tokens) // self.block_size),
-            )
+            shared = len(prompt) // self.block_size
+            whole = -(-(len(prompt) + params.max_tokens) // self.block_size)
             needs.append(shared + group_size * (whole - shared))
             longest = max(longest, whole)
         wanted = sum(sorted(needs)[-(self.max_batch // group_size) :])
@@ -167,7 +163,7 @@ class Sampler:
     def _prefill(self, cache, scheduler, admitted, params):
         """Compute the uncached tokens of ``admitted``, fork their groups and draw: yields (sequences, drawn)."""
         for parts in self._parts(admitted):
-            hidden_states = self._forward(cache, parts)
+            hidden_states = self.decoder.prefill(cache, parts)
             leaders, rows = [], []
             for row, (sequence, stop) in enumerate(parts):
                 sequence.num_cached = stop
@@ -219,36 +215,7 @@ class Sampler:
         remaining = max(s.max_length - len(s) for s in scheduler.running)
         steps = scheduler.grow(min(self.window, remaining))
         sequences = list(scheduler.running)
-        yield sequences, self.decoder.run(cache, sequences, steps, window=self.window)
-
-    def _slot(self, sequence, position):
-        return (
-            sequence.block_table[position // self.block_size] * self.block_size + position % self.block_size
-        )
-
-    def _forward(self, cache, parts):
-        """Hidden states (S, D) of the last token of each part: (sequence, stop), from its ``num_cached``."""
-        ids, positions, slots, lens, cu_seqlens = [], [], [], [], [0]
-        tables = [sequence.block_table for sequence, _ in parts]
-        for sequence, stop in parts:
-            new = range(sequence.num_cached, stop)
-            ids += sequence.token_ids[sequence.num_cached : stop]
-            positions += new
-            slots += [self._slot(sequence, position) for position in new]
-            lens.append(stop)
-            cu_seqlens.append(len(ids))
-        device = self.policy.device
-        if device.type == "cpu" and len(ids) < MIN_ROWS:  # padding: a sequence that sees and stores nothing
-            padding = MIN_ROWS - len(ids)
-            ids, positions = ids + [0] * padding, positions + [0] * padding
-            tables, lens, cu_seqlens = [*tables, []], [*lens, 0], [*cu_seqlens, len(ids)]
-        width = max(map(len, tables))
-        tables = [table + [0] * (width - len(table)) for table in tables]
-        int32 = lambda values: torch.tensor(values, dtype=torch.int32, device=device)
-        int64 = lambda values: torch.tensor(values, dtype=torch.int64, device=device)
-        attend = PagedAttention(cache, int64(slots), None, int32(tables), int32(lens), int32(cu_seqlens))
-        hidden_states = self.policy.model(int64(ids), int64(positions), attend)
-        return hidden_states[int64(cu_seqlens[1 : len(parts) + 1]) - 1]
+        yield sequences, self.decoder.decode(cache, sequences, steps, window=self.window)
 
     def _extend(self, sequences, drawn, params):
         """Append what was drawn in some steps, each (steps, B), up to the end of each completion."""

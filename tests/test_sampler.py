@@ -283,6 +283,39 @@ def test_smollm2_says_paris_as_transformers_does():
     assert ours.token_ids == ids[0, len(prompt) :].tolist()
 
 
+class KeptSteps:
+    """What ``StepGraphs`` does, with the functions themselves: states are used again with what they last held."""
+
+    def __init__(self):
+        self.captured = {}
+
+    def get(self, key, make):
+        if key not in self.captured:
+            state, step = make()
+            step()
+            self.captured[key] = state, step
+        return self.captured[key]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stop": ("kl",), "ignore_eos": True}, {"repetition_penalty": 1.4, "min_tokens": 5, "top_k": 20}],
+    ids=str,
+)
+def test_padded_and_reused_shapes_change_nothing(policy, options):
+    """The shapes that a GPU computes, with the steps that it captures, on the CPU."""
+    params = SamplingParams(max_tokens=24, seed=11, **options)
+    expected = Sampler(policy, max_batch=12).generate(PROMPTS, params, group_size=4)
+    for window in (3, 16):
+        sampler = Sampler(policy, max_batch=12, window=window, prefill_tokens=40)
+        sampler.decoder.on_gpu, sampler.decoder.graphs = True, KeptSteps()
+        results = sampler.generate(PROMPTS, params, group_size=4)
+        assert tokens(results) == tokens(expected)
+        torch.testing.assert_close(logprobs(results), logprobs(expected), atol=1e-5, rtol=1e-5)
+        kinds = [key[0] for key in sampler.decoder.graphs.captured]
+        assert kinds.count("decode") >= 1 and kinds.count("prefill") > 1
+
+
 def gpu_policy():
     weights = {name: tensor.cuda().bfloat16() for name, tensor in tiny_weights(small_config()).items()}
     return tiny_policy(weights=weights, lora=LoraConfig(r=4), eos_token_ids=EOS)
@@ -304,9 +337,9 @@ def test_gpu_graphs_change_nothing(options):
     sampler = Sampler(policy, max_batch=16)
     eager = Sampler(policy, max_batch=16, cuda_graphs=False).generate(PROMPTS, params, group_size=4)
     assert sampler.generate(PROMPTS, params, group_size=4) == eager
-    graphs = len(sampler.decoder.graphs)
+    graphs = len(sampler.decoder.graphs.captured)
     assert graphs > 0 and sampler.generate(PROMPTS, params, group_size=4) == eager
-    assert len(sampler.decoder.graphs) == graphs, "a second call captured again"
+    assert len(sampler.decoder.graphs.captured) == graphs, "a second call captured again"
 
 
 @pytest.mark.gpu
@@ -314,7 +347,7 @@ def test_gpu_graphs_live_through_other_seeds_optimiser_steps_and_a_moved_cache()
     policy = gpu_policy()
     sampler, seen = Sampler(policy, max_batch=8), set()
     sampler.generate(PROMPTS[:1], SamplingParams(max_tokens=24, ignore_eos=True), group_size=8)
-    graphs = set(sampler.decoder.graphs)
+    graphs = set(sampler.decoder.graphs.captured)
     hog = []
     for seed in range(4):
         perturb_adapters(policy, seed)
@@ -323,7 +356,7 @@ def test_gpu_graphs_live_through_other_seeds_optimiser_steps_and_a_moved_cache()
         results = sampler.generate(PROMPTS[:1], params, group_size=8)
         assert results == Sampler(policy, cuda_graphs=False).generate(PROMPTS[:1], params, group_size=8)
         seen.add(str(tokens(results)))
-    assert set(sampler.decoder.graphs) == graphs and len(seen) == 4
+    assert set(sampler.decoder.graphs.captured) == graphs and len(seen) == 4
     with policy.disable_adapters():
         results = sampler.generate(PROMPTS[:1], PARAMS, group_size=8)
         assert results == Sampler(policy, cuda_graphs=False).generate(PROMPTS[:1], PARAMS, group_size=8)

@@ -5,6 +5,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from nanogrpo.rollout.kv_cache import BlockAllocator
 from nanogrpo.rollout.scheduler import Scheduler
 
@@ -114,6 +115,86 @@ def test_every_group_completes_in_any_cache(task):
     assert set(results) == {(i, j) for i in range(len(prompts)) for j in range(group_size)}
     roomy, recomputed = run(prompts, group_size, lengths, ROOMY, 1000)
     assert results == roomy and recomputed == 0
+
+
+class Scheduling(RuleBasedStateMachine):
+    """Requests that come, are forked, grow, are preempted and leave early or late, in any order, in few blocks."""
+
+    BLOCKS, LIMIT = 9, 24  # the longest request fits alone: 24 tokens in 6 blocks
+
+    def __init__(self):
+        super().__init__()
+        self.scheduler = Scheduler(BlockAllocator(self.BLOCKS), BLOCK, 6)
+        self.memory, self.asked, self.left = Memory(self.BLOCKS), {}, []
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=13),
+        group_size=st.integers(1, 5),
+        more=st.integers(1, 11),
+    )
+    def add_group(self, prompt, group_size, more):
+        index = len(self.asked)
+        self.asked[index] = prompt, group_size
+        self.scheduler.add_group(index, prompt, group_size, more)
+
+    @rule()
+    def admit_and_fork(self):
+        for leader in self.scheduler.admit():
+            self.memory.store(leader, leader.num_cached)
+            leader.num_cached = len(leader)
+            members, copies = self.scheduler.fork(leader)
+            self.memory.copy(copies)
+            self.scheduler.start(members)
+            for sequence in members:
+                self.memory.check(sequence)
+                self.append(sequence)
+
+    @rule(window=st.integers(1, 9))
+    def decode(self, window):
+        steps = self.scheduler.grow(window)
+        for sequence in list(self.scheduler.running):
+            for _ in range(steps):
+                self.memory.store(sequence, len(sequence) - 1)
+                self.memory.check(sequence)
+                if self.append(sequence):
+                    break
+
+    def append(self, sequence):
+        sequence.token_ids.append(next_token(sequence))
+        if len(sequence) == sequence.max_length:
+            self.leave(sequence)
+            return True
+
+    def leave(self, sequence):
+        self.scheduler.finish(sequence)
+        self.left.append((sequence.prompt_index, sequence.group_index))
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(pick=st.integers(0, 99))
+    def cancel(self, pick):
+        self.leave(self.scheduler.running[pick % len(self.scheduler.running)])
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(pick=st.integers(0, 99))
+    def preempt(self, pick):
+        asking = self.scheduler.running[pick % len(self.scheduler.running)]
+        self.scheduler._preempt(for_group=asking.prompt_index)
+
+    @invariant()
+    def consistent(self):
+        self.scheduler.check_invariants()
+        assert len(self.scheduler.running) <= 6
+        known = list(self.left)
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            prompt, _ = self.asked[sequence.prompt_index]
+            assert sequence.token_ids[: sequence.prompt_length] == prompt
+            first = sequence.group_index
+            known += [(sequence.prompt_index, first + i) for i in range(sequence.unforked + 1)]
+        expected = [(index, i) for index, (_, size) in self.asked.items() for i in range(size)]
+        assert sorted(known) == expected, "a request was lost or doubled"
+
+
+TestScheduling = Scheduling.TestCase
 
 
 def test_many_random_tasks_preempt_and_agree():
