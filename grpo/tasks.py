@@ -210,7 +210,7 @@ TASKS = {
             worked=(("3.8", "3.27"), ("6.045", "6.4")),
             steps=300,
             rewards=DEFAULT_TAGGED,
-            max_completion_length=80,
+            max_completion_length=96,
         ),
     )
 }

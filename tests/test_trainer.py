@@ -676,3 +676,47 @@ def test_vram_limit_needs_a_gpu():
 
     with pytest.raises(ValueError, match="vram_limit needs a CUDA device"):
         load_policy(GRPOConfig(vram_limit=1.0, device="cpu"))
+
+
+def test_a_limit_that_is_too_small_is_refused_before_a_weight_is_read(monkeypatch):
+    from nanogrpo.grpo.config import GRPOConfig
+    from nanogrpo.grpo.trainer import load_policy
+
+    def loads(*args, **options):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr("nanogrpo.grpo.trainer.limit_vram", lambda config: None)  # the card's own part
+    monkeypatch.setattr("nanogrpo.grpo.trainer.random_policy", loads)
+    monkeypatch.setattr("nanogrpo.grpo.trainer.Policy.load", loads)
+    small = {"random_weights": "llama-3.1-8b", "vram_limit": 6.0, "quantize": "nf4"}
+    with pytest.raises(
+        ValueError, match=r"vram_limit of 6 GiB is too small: .* needs about .*weights .*combine --"
+    ):
+        load_policy(GRPOConfig(**small))
+    with pytest.raises(ValueError, match="too small"):
+        load_policy(GRPOConfig(vram_limit=0.7))
+    with pytest.raises(AssertionError, match="a weight was read"):
+        load_policy(GRPOConfig(**small | {"vram_limit": 80.0}))
+
+
+def test_gradients_make_room_for_the_rollout():
+    trainer = tiny_trainer()
+    trainer.step()
+    seen, original = [], trainer.sampler.generate
+
+    def generate(*args, **options):
+        seen.extend(parameter.grad for parameter in trainer.named_parameters().values())
+        return original(*args, **options)
+
+    trainer.sampler.generate = generate
+    trainer.step()
+    assert seen and all(gradient is None for gradient in seen)
+
+
+def test_layers_are_checkpointed_as_asked():
+    from nanogrpo.grpo.config import GRPOConfig
+    from nanogrpo.grpo.trainer import load_policy
+
+    for asked, got in ((None, False), (True, True), (False, False)):
+        config = GRPOConfig(random_weights="tiny-llama", checkpoint_layers=asked, device="cpu")
+        assert load_policy(config).model.checkpoint_layers is got
