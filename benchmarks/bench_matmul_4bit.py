@@ -16,9 +16,10 @@ LIMITS = {"bfloat16": 2.0**-5, "float32": 1e-4}
 # Each adapter packs a dense weight (N, K) and returns (tensors, call): call(x, *tensors) -> (M, N) on copies of them.
 
 
-def ours(format):
+def ours(format, packed):
     def load(weight):
         q = quantize_4bit(weight, format)
+        q = q.packed() if packed and q.can_be_packed else q
         names = list(q.tensors())
 
         def call(x, *tensors):
@@ -77,11 +78,14 @@ def tinygemm():
 
 
 def peers(format):
-    common = [Peer("cuBLAS" if DEVICE == "cuda" else "BLAS", None, dense)]
-    mine = Peer("ours", None, ours(format))
+    common = [
+        Peer("ours", None, ours(format, DEVICE == "cuda")),
+        Peer("ours, codes as in files", None, ours(format, False), cuda_only=True),
+        Peer("cuBLAS" if DEVICE == "cuda" else "BLAS", None, dense),
+    ]
     if format == "nf4":
-        return [mine, *common, Peer("bitsandbytes", "bitsandbytes", bitsandbytes, cuda_only=True)]
-    return [mine, *common, Peer("tinygemm", "torch", tinygemm, cuda_only=True)]
+        return [*common, Peer("bitsandbytes", "bitsandbytes", bitsandbytes, cuda_only=True)]
+    return [*common, Peer("tinygemm", "torch", tinygemm, cuda_only=True)]
 
 
 class Problem:

@@ -14,13 +14,14 @@ from unittest import mock
 
 import measurement
 import torch
-from nanogrpo.kernels import _runtime, dequantize_4bit, quantize_4bit
+from nanogrpo.kernels import _runtime, dequantize_4bit, packed_matmul, quantize_4bit
 
 # The package exports its function under the module's name.
 module = importlib.import_module("nanogrpo.kernels.matmul_4bit")
 SHAPES = [(8960, 1536), (1536, 8960), (14336, 4096), (4096, 14336), (1536, 1536), (256, 1536)]  # N, K
-ROWS = {"vector": (1, 2, 4, 8), "fused": (4, 8, 16, 64)}
-# BLOCK_N, num_warps, num_stages, programs, as in the tables; the programs decide how K is split.
+ROWS = {"vector": (1, 2, 4, 8), "fused": (4, 8, 16, 64), "packed": (1, 2, 4, 8, 16, 32, 64)}
+# As in the tables: BLOCK_N, num_warps, num_stages, programs; packed: over_n, warps, rows, columns, programs, pdl. The
+# programs decide how K is split.
 CANDIDATES = {
     "vector": [(*tile, 1, programs) for tile in ((8, 4), (16, 4), (32, 4)) for programs in (256, 512, 1024)],
     "fused": [
@@ -29,11 +30,27 @@ CANDIDATES = {
         for stages in (2, 3)
         for programs in (128, 256, 512)
     ],
+    "packed": [
+        (*tile, programs, True)
+        for tile in (
+            (False, 4, 1, 2),
+            (False, 8, 1, 2),
+            (False, 4, 2, 2),
+            (True, 4, 2, 4),
+            (True, 8, 2, 4),
+            (True, 4, 1, 8),
+        )
+        for programs in (132, 264, 1024)
+    ],
 }
 
 
 def forced(route, config, arch):
     """Tables under which every call of up to 64 rows takes ``route`` with ``config``."""
+    if route == "packed":
+        return mock.patch.object(
+            module, "PACKED_CONFIGS", {arch: dict.fromkeys(("nf4", "int4"), {64: config})}
+        )
     vector = {arch: ((64 if route == "vector" else 0), *config)}
     return mock.patch.multiple(module, VECTOR_CONFIGS=vector, CONFIGS={arch: (64, *config)})
 
@@ -44,10 +61,15 @@ def measure(calls, rounds=20):
     return 1e3 * samples["it"]["ms"]
 
 
-def distinct(configs, N, K):
+def distinct(route, configs, N, K):
     """The configurations without those that split K as another one does."""
     plans = {}
     for config in configs:
+        if route == "packed":
+            over_n, warps, rows, _, programs, _ = config
+            split = packed_matmul.plan(N, K // packed_matmul.TILE, over_n, warps, rows, programs)
+            plans.setdefault((config[:4], split), config)
+            continue
         split = module._plan(-(-N // config[0]), -(-K // (8 * module.WORDS)), config[-1])
         plans.setdefault((config[:-1], split), config)
     return plans.values()
@@ -81,9 +103,11 @@ def main(seconds):
         weight = torch.randn(N, K, generator=generator, device="cuda").bfloat16() / K**0.5
         q = quantize_4bit(weight, format)
         codes, scales, *_ = q.operands()
-        copies = measurement.rotated((codes, *scales), "cuda")
+        forms = {"packed": measurement.rotated((q.packed().codes, *scales), "cuda")}
+        forms["vector"] = forms["fused"] = measurement.rotated((codes, *scales), "cuda")
         for route, configs in CANDIDATES.items():
-            for M, config in itertools.product(ROWS[route], distinct(configs, N, K)):
+            copies = forms[route]
+            for M, config in itertools.product(ROWS[route], distinct(route, configs, N, K)):
                 if time.monotonic() > deadline:
                     return
                 record = {"N": N, "K": K, "format": format, "M": M, "route": route, "config": config}

@@ -30,7 +30,7 @@ import triton.language as tl
 from . import _runtime
 from .code_words import WORDS, aligned, block_scale, code_table, decode_words, weight_tile
 from .gemv_4bit import gemv_kernel
-from .packed_matmul import packed_matmul, sum_kernel
+from .packed_matmul import packed_matmul_4bit, sum_kernel
 from .quantization import DTYPES, dequantize_4bit_ref, dequantize_op, kernel_format
 
 # By the least compute capability: max_rows, BLOCK_N, num_warps, num_stages, programs that fill the card.
@@ -39,10 +39,10 @@ from .quantization import DTYPES, dequantize_4bit_ref, dequantize_op, kernel_for
 CONFIGS = {80: (64, 32, 4, 2, 256)}
 VECTOR_CONFIGS = {80: (4, 16, 4, 1, 512)}  # of the vector route, which keeps no shared memory
 
-# Of packed codes, by the least compute capability, format and most rows of x: over_n, warps, rows, columns, depth,
-# programs, pdl of ``packed_matmul``; beyond the last, dense. Programmatic dependent launch begins with 90.
-_FEW = (False, 4, 1, 2, 1, 1024)
-_MORE, _MOST = (True, 4, 2, 4, 1, 264), (True, 4, 2, 4, 1, 132)
+# Of packed codes, by the least compute capability, format and most rows of x: over_n, warps, rows, columns,
+# programs, pdl of ``packed_matmul_4bit``; beyond the last, dense. Programmatic dependent launch begins with 90.
+_FEW = (False, 4, 1, 2, 1024)
+_MORE, _MOST = (True, 4, 2, 4, 264), (True, 4, 2, 4, 132)
 PACKED_CONFIGS = {
     cc: {
         "nf4": {16: (*_FEW, pdl), 32: (*_MORE, pdl), 64: (*_MOST, pdl)},
@@ -111,7 +111,9 @@ def _matmul_triton(
         if config is None:
             return _matmul_torch(x, codes, scales, bias, quant_block, first_block)
         with _runtime.launch_on(x):
-            return packed_matmul(x, codes, scales, bias, first_block, format, config, not _runtime.INTERPRET)
+            return packed_matmul_4bit(
+                x, codes, scales, bias, first_block, format, config, not _runtime.INTERPRET
+            )
     max_rows, *fused = _entry(CONFIGS, arch)
     (M, K), N = x.shape, len(codes)
     if M > max_rows or x.dtype == torch.float32:

@@ -223,19 +223,20 @@ def plan(N, tiles, over_n, warps, rows, programs):
     return across, steps, triton.cdiv(tiles, steps * slices)
 
 
-def packed_matmul(x, words, scales, bias, first_block, format, config, assembly=True):
+def packed_matmul_4bit(x, words, scales, bias, first_block, format, config, assembly=True):
     """x (M, K) float16 or bfloat16 @ W.T + bias, of packed ``words`` and the ``scales`` that ``operands`` lists.
 
-    config: over_n, warps, rows (of 16, a warp's), columns (of 8 rows of x, a program's at most), depth (tiles ahead,
-    where a warp takes more than three), programs that fill the card, pdl (programmatic dependent launch).
+    config: over_n, warps, rows (of 16, a warp's), columns (of 8 rows of x, a program's at most), programs that fill
+    the card, pdl (programmatic dependent launch).
     """
-    over_n, warps, rows, columns, depth, programs, pdl = config
+    over_n, warps, rows, columns, programs, pdl = config
     (M, K), N = x.shape, len(words)
     columns = min(columns, triton.next_power_of_2(triton.cdiv(M, 8)))
     across, steps, split = plan(N, K // TILE, over_n, warps, rows, programs)
     whole = torch.int16 if format == "nested_nf4" else torch.int64  # a tile's scales
     per_tile = [aligned(t).view(whole) for t in scales[: 2 if format == "int4" else 1]]
-    depth = 3 if steps <= 3 else depth
+    # The three tiles of K = 1536 as soon as possible; elsewhere the registers for it cost resident programs.
+    depth = 1 if steps != 3 or columns > 1 else 2 if format == "int4" else 3
     out = x.new_empty(M, N)
     if not out.numel():
         return out

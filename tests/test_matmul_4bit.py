@@ -234,15 +234,25 @@ def test_compiles(cc):
 @pytest.mark.parametrize("format", ["nf4", "int4"])
 def test_every_candidate_of_the_sweep_compiles_for_hopper(format):
     """Within shared memory, and without WGMMA, whose register operands are what ptxas before 13.3 miscompiles."""
-    codes, scales, quant_block, first_block = made(64, 2048, format).operands()
+    q = made(64, 2048, format)
+    codes, scales, quant_block, first_block = q.operands()
+    packed = q.packed().codes
     with recorded_launches(90) as launches:
         for route, configs in sweep.CANDIDATES.items():
-            for config in {(*config[:3], 256) for config in configs}:  # programs change the grid alone
+            programs = 4 if route == "packed" else 3  # where they stand: they change the grid alone
+            for config in {(*config[:programs], 256, *config[programs + 1 :]) for config in configs}:
                 with sweep.forced(route, config, 90):
-                    for M in sweep.ROWS[route][::3] if route == "vector" else (16, 64):
+                    rows = {
+                        "vector": sweep.ROWS["vector"][::3],
+                        "fused": (16, 64),
+                        "packed": (config[3] * 8,),
+                    }
+                    for M in rows[route]:
                         x = torch.empty(M, 2048, dtype=torch.bfloat16)
-                        _matmul_triton(x, codes, scales, None, quant_block, first_block)
-    assert {name for name, _ in launches} == {"gemv_kernel", "_matmul_kernel", "sum_kernel"}
+                        words = packed if route == "packed" else codes
+                        _matmul_triton(x, words, scales, None, quant_block, first_block)
+    names = {name for name, _ in launches}
+    assert names == {"gemv_kernel", "_matmul_kernel", "packed_kernel", "sum_kernel"}
     for _, kernel in launches:
         assert kernel.metadata.shared <= 1024 * SHARED_LIMIT[90]
         assert "wgmma" not in kernel.asm["ptx"]

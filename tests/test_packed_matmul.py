@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nanogrpo.kernels.matmul_4bit import PACKED_CONFIGS, _matmul_triton, matmul_4bit
 from nanogrpo.kernels.packed_codes import GAIN, NF4_CODE
-from nanogrpo.kernels.packed_matmul import packed_matmul, plan
+from nanogrpo.kernels.packed_matmul import packed_matmul_4bit, plan
 from nanogrpo.kernels.quantization import dequantize_4bit_ref, kernel_format, quantize_4bit
 from numerics import EPS, assert_no_worse_than
 
@@ -139,7 +139,7 @@ def test_operator_and_gradient(device, format, double_quant):
 @pytest.mark.parametrize("N, tiles", [(1, 1), (96, 9), (8960, 12), (1536, 70), (4096, 112), (151936, 12)])
 def test_the_plan_covers_k_once(N, tiles):
     for config in {c for table in PACKED_CONFIGS.values() for by in table.values() for c in by.values()}:
-        over_n, warps, rows, _, _, programs, _ = config
+        over_n, warps, rows, _, programs, _ = config
         across, steps, split = plan(N, tiles, over_n, warps, rows, programs)
         per_program = steps * (1 if over_n else warps)
         assert (split - 1) * per_program < tiles <= split * per_program
@@ -154,9 +154,11 @@ def test_every_way_to_divide_the_work(over_n, warps, rows):
     codes, scales, _, first_block = q.operands()
     x = torch.randint(-8, 9, (11, 1152), generator=torch.Generator().manual_seed(0)).half()
     truth = (x.double() @ weight.T).half()
-    for programs, columns, depth in ((1, 1, 1), (99, 2, 2)):
-        config = (over_n, warps, rows, columns, depth, programs, False)
-        y = packed_matmul(x, codes, scales, None, first_block, kernel_format(scales), config, assembly=False)
+    for programs, columns in ((1, 1), (99, 2)):
+        config = (over_n, warps, rows, columns, programs, False)
+        y = packed_matmul_4bit(
+            x, codes, scales, None, first_block, kernel_format(scales), config, assembly=False
+        )
         assert torch.equal(y, truth)
 
 
