@@ -19,6 +19,8 @@ class Model(NamedTuple):
     tied: bool  # the LM head is the embedding
 
 
+DECODE_ROWS = 128  # completions that decode at once
+
 MODELS = {
     "SmolLM2-135M": Model(576, 1536, 9, 3, 64, 49152, 30, True),
     "Qwen2.5-0.5B": Model(896, 4864, 14, 2, 64, 151936, 24, True),
@@ -62,7 +64,7 @@ def linear_logprob(device):
         head("Llama-3.1-8B", 4096),
         head("Phi-4", 4096),
         head("Qwen2.5-1.5B", 8192, kept=4096, label="rows half masked"),
-        head("Qwen2.5-1.5B", 128, label="rows (a decode step)"),
+        head("Qwen2.5-1.5B", DECODE_ROWS, label="rows (a decode step)"),
     ]
 
 

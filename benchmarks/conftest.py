@@ -14,8 +14,11 @@ def pytest_addoption(parser):
     parser.addoption("--commit", help="commit to record where the working tree has no .git")
 
 
-def pytest_report_header(config):
+def pytest_configure(config):
     config.stash[STORED] = []
+
+
+def pytest_report_header(config):
     if DEVICE == "cpu":
         return "no CUDA GPU found: running the CPU cases alone; the GPU cases need one of compute capability >= 8.0"
 

@@ -33,7 +33,7 @@ class Race:
         self.flush = torch.empty(2**28 if self.cuda else 0, dtype=torch.int8, device=device)
         self.copies = {name: len(copies) for name, copies in calls.items()}
         laps = {name: lambda copies=copies: [copy() for copy in copies] for name, copies in calls.items()}
-        self.laps = {name: _graphed(lap) if graph else lap for name, lap in laps.items()}
+        self.laps = {name: captured(lap) if graph else lap for name, lap in laps.items()}
         self.order = random.Random(0)
         self.samples = {name: [] for name in calls}
 
@@ -81,7 +81,8 @@ def spread(samples):
     return {"ms": statistics.median(samples), "p20": cuts[0], "p80": cuts[3], "rounds": len(samples)}
 
 
-def _graphed(call):
+def captured(call):
+    """What replays ``call()`` as one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compilation and handles must exist before the capture

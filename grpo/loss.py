@@ -23,7 +23,8 @@ import difflib
 import itertools
 import math
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 
@@ -538,13 +539,13 @@ class LossOutput:
     kl: (B, T) the KL term as it enters the loss, before kl_coef; None without ref_logprobs.
     ratio: (B, T) rho.
     clipped_low, clipped_high: (B, T) bool, where the surrogate's bound acted ("clip": A < 0 below, A > 0 above).
-    metrics: scalar tensors on the device, over the selected tokens: surrogate, ratio_mean, ratio_max, ratio_p01,
-        ratio_p50, ratio_p99, ess (effective share of the tokens: (sum rho)^2 / (n sum rho^2)), weight_mean,
+    metrics: scalar tensors on the device, made when first read, over the selected tokens: surrogate, ratio_mean,
+        ratio_max, ratio_p01, ratio_p50, ratio_p99, ess (effective share: (sum rho)^2 / (n sum rho^2)), weight_mean,
         clip_low_fraction, clip_high_fraction, new_old_mean and new_old_max (|l - l_old|, 0 on a first on-policy
         step), zero_advantage_share (of the rows with a token), and where given: kl, kl_k1 and kl_k3 (estimates of
         KL(policy || reference) without rho), entropy, old_sampler_mean and old_sampler_max (|l_old - l_sampler|),
         new_sampler_mean and new_sampler_max (|l - l_sampler|).
-    warnings: ``config.warnings``.
+    measure: makes the metrics. warnings: ``config.warnings``.
     """
 
     loss: torch.Tensor
@@ -554,8 +555,12 @@ class LossOutput:
     ratio: torch.Tensor
     clipped_low: torch.Tensor
     clipped_high: torch.Tensor
-    metrics: dict[str, torch.Tensor]
+    measure: Any
     warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def metrics(self):
+        return self.measure()
 
 
 def loss_denominator(mask, config, group_ids=None):
@@ -750,31 +755,26 @@ def policy_loss(
     loss = _aggregate(torch.where(mask, per_token, zero), lengths, config, denominator)
 
     with torch.no_grad():
+        weights = torch.ones_like(ratio) if weights is None else weights
+        parts = {"surrogate": surrogate, "ratio": ratio, "weight": weights}
+        parts |= {} if kl is None else {"kl": kl, "kl_k1": estimates["k1"], "kl_k3": estimates["k3"]}
+        selected = torch.where(mask, torch.stack(list(parts.values())), zero)
+        parts = dict(zip(parts, selected.unbind(), strict=True))
+        log_ratio = tokens.log_ratio.detach()
+
+    @torch.no_grad()
+    def measure():
         terms = {
-            "surrogate": surrogate,
-            "weight": torch.ones_like(ratio) if weights is None else weights,
-            "ratio": ratio,
-            "ratio_square": ratio.square(),
-            "clip_low": clipped_low.to(dtype),
-            "clip_high": clipped_high.to(dtype),
-            "new_old": tokens.log_ratio.abs(),
+            "ratio_square": parts["ratio"].square(),
+            "clip_low": torch.where(mask, clipped_low, zero),
+            "clip_high": torch.where(mask, clipped_high, zero),
+            "new_old": log_ratio.abs(),
         }
-        if kl is not None:
-            terms |= {"kl": kl, "kl_k1": estimates["k1"], "kl_k3": estimates["k3"]}
-        if entropy is not None:
-            terms["entropy"] = entropy
-        if sampler_logprobs is not None:
-            terms["old_sampler"] = (old - sampler).abs()
-            terms["new_sampler"] = (new - sampler).abs()
-        names, selected = list(terms), torch.where(mask, torch.stack(list(terms.values())), zero)
-        return LossOutput(
-            loss=loss,
-            surrogate=selected[0],
-            weights=selected[1],
-            ratio=selected[2],
-            kl=None if kl is None else selected[names.index("kl")],
-            clipped_low=clipped_low,
-            clipped_high=clipped_high,
-            metrics=_metrics(names, selected, advantages, lengths),
-            warnings=config.warnings,
-        )
+        terms |= {} if entropy is None else {"entropy": entropy}
+        if sampler is not None:
+            terms |= {"old_sampler": (old - sampler).abs(), "new_sampler": (new.detach() - sampler).abs()}
+        values = torch.cat([selected, torch.stack(list(terms.values()))])
+        return _metrics([*parts, *terms], values, advantages, lengths)
+
+    outputs = parts["surrogate"], parts["weight"], parts.get("kl"), parts["ratio"], clipped_low, clipped_high
+    return LossOutput(loss, *outputs, measure, config.warnings)

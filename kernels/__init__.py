@@ -8,10 +8,12 @@ from .quantization import QuantizedWeight, dequantize_4bit, quantize_4bit
 from .rms_norm import rms_norm
 from .rotary import rotary
 from .swiglu import swiglu
+from .token_sampling import counter_uniform, sample_tokens
 
 __all__ = [
     "LogprobOutput",
     "QuantizedWeight",
+    "counter_uniform",
     "dequantize_4bit",
     "fused_linear_logprob",
     "lora_linear",
@@ -21,6 +23,7 @@ __all__ = [
     "quantize_4bit",
     "rms_norm",
     "rotary",
+    "sample_tokens",
     "store_kv",
     "swiglu",
 ]

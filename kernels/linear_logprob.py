@@ -45,17 +45,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import _runtime, logit_passes, output_head
-from .logit_passes import addmm_
+from . import _runtime, logit_passes, logit_passes_cpu, output_head
+from .dispatch import route
+from .logit_passes import addmm_, blocks
 from .quantization import QuantizedWeight, dequantize_4bit
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 CUDA_TILE = (8192, 16384, 2**25)  # rows, words and elements of the backward's coefficient tile, at most
-CPU_TILE = (512, 1024, 2**19)
 # Coefficients leave the kernel scaled up: |dz * temperature| <= 14 |upstream|, so 2^11 keeps them finite in float16
 # and its tail probabilities out of the subnormals.
 HEADROOM = 2.0**11
-LOWEST = -3.0e38  # in place of -inf, where -inf minus -inf or -inf times 0 would give NaN
 
 
 class LogprobOutput(NamedTuple):
@@ -91,87 +90,6 @@ def _wide(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _blocks(size, step):
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-def _logits_torch(hidden, weight, bias, temperature, softcap):
-    with torch.autocast("cpu", enabled=False):
-        x = hidden @ weight.to(hidden.dtype).T
-    if bias is not None:
-        x += bias
-    if softcap is not None:
-        x.div_(softcap).tanh_().mul_(softcap)
-    return x if temperature == 1 else x.div_(temperature)
-
-
-def _locate(target_ids, first_col, size):
-    """Columns (N, 1) of the targets in the tile that starts at ``first_col``, and which of them lie in it."""
-    col = target_ids[:, None] - first_col
-    return col.clamp(0, size - 1), (col >= 0) & (col < size)
-
-
-def _forward_torch(
-    hidden, weight, scales, quant_block, first_block, bias, target_ids, temperature, softcap, entropy, gradient,
-    workspace,
-):  # fmt: skip
-    """As ``logit_passes.forward``, in nats, with a running maximum in place of the reference."""
-    head = output_head.from_operands(weight, scales, quant_block, first_block)
-    outputs = logprobs, entropies, stats, direction, _ = logit_passes.allocate(hidden, entropy, gradient)
-    wide, (row_step, col_step, _) = stats.dtype, CPU_TILE
-    m, s = stats[0].fill_(LOWEST), stats[1].zero_()
-    t, x_target = torch.zeros_like(s), torch.full_like(s, math.nan)
-    direction.zero_()
-    for cols in _blocks(head.shape[0], col_step):
-        w, b = output_head.rows(head, cols, hidden.dtype).to(wide), None if bias is None else bias[cols]
-        for rows in _blocks(len(hidden), row_step):
-            x = _logits_torch(hidden[rows].to(wide), w, b, temperature, softcap)
-            col, inside = _locate(target_ids[rows], cols.start, x.shape[1])
-            found = x.gather(1, col)
-            x_target[rows] = torch.where(inside, found, x_target[rows, None]).squeeze(1)
-            slope = None if softcap is None or not gradient else 1 - (x * (temperature / softcap)).square_()
-            top = torch.maximum(m[rows], x.amax(1))
-            x -= top[:, None]
-            e = x.exp() if entropy else x.exp_()
-            shift = m[rows] - top
-            decay = shift.exp()
-            if entropy:
-                t_tile = x.clamp_(min=LOWEST).mul_(e).sum(1)
-                t[rows] = (t[rows] + shift * s[rows]) * decay + t_tile
-            s[rows] = s[rows] * decay + e.sum(1)
-            m[rows] = top
-            if gradient:
-                e.scatter_(1, col, e.gather(1, col).masked_fill_(inside, 0))
-                e = e if slope is None else e.mul_(slope)
-                logit_passes.addmm_(direction[rows].mul_(decay[:, None]), e, w)
-    log_s = s.log()
-    torch.sub(x_target - m, log_s, out=logprobs)
-    if entropy:
-        torch.sub(log_s, t / s, out=entropies)
-    if gradient:
-        own = -torch.expm1(logprobs) / temperature
-        own = own if softcap is None else own * (1 - (x_target * (temperature / softcap)).square())
-        for rows in _blocks(len(hidden), row_step):
-            target_weight = output_head.gather(head, target_ids[rows].clamp(0, head.shape[0] - 1), wide)
-            others = direction[rows].div_(s[rows, None] * -temperature)
-            others.addcmul_(own[rows, None], target_weight)
-    s.copy_(log_s)
-    return outputs
-
-
-def _coefficients_torch(hidden, weight, bias, target_ids, first_col, stats, upstream, temperature, softcap):
-    x = _logits_torch(hidden.to(stats.dtype), weight, bias, temperature, softcap)
-    slope = None if softcap is None else 1 - (x * (temperature / softcap)).square_()
-    log_p = x.sub_(stats[0, :, None]).sub_(stats[1, :, None])
-    p, g = log_p.exp(), upstream[0, :, None]
-    dz = p * -g
-    col, inside = _locate(target_ids, first_col, dz.shape[1])
-    dz.scatter_add_(1, col, torch.where(inside, g, 0))
-    if len(upstream) == 2:
-        dz -= log_p.clamp_(min=LOWEST).add_(stats[2, :, None]).mul_(p).mul_(upstream[1, :, None])
-    return dz if slope is None else dz.mul_(slope)
-
-
 def _backward(
     coefficients, tile, hidden, head, bias, target_ids, stats, upstream, temperature, softcap, needs
 ):
@@ -188,10 +106,10 @@ def _backward(
 
     row_step = max(1, min(N, tile[0]))
     col_step = min(tile[1], max(256, tile[2] // row_step // 256 * 256))
-    for cols in _blocks(V, col_step):
+    for cols in blocks(V, col_step):
         w, b = output_head.rows(head, cols, hidden.dtype), None if bias is None else bias[cols].contiguous()
         grad_w = hidden.new_zeros((len(w), D), dtype=wide) if needs_weight else None
-        for rows in _blocks(N, row_step):
+        for rows in blocks(N, row_step):
             h = hidden[rows]
             dz = coefficients(
                 h, w, b, target_ids[rows], cols.start, stats[:, rows], upstream[:, rows], temperature, softcap
@@ -216,12 +134,14 @@ def _backward_triton(
     head = output_head.from_operands(weight, scales, quant_block, first_block)
     elements = CUDA_TILE[2] if workspace is None else min(CUDA_TILE[2], workspace // (2 * hidden.itemsize))
     args = hidden, head, bias, target_ids, stats, upstream, temperature, softcap, needs
-    return _backward(logit_passes.coefficients, (*CUDA_TILE[:2], elements), *args)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _backward(logit_passes.coefficients, (*CUDA_TILE[:2], elements), *args)
 
 
 def _backward_torch(hidden, weight, scales, quant_block, first_block, *args):
     head = output_head.from_operands(weight, scales, quant_block, first_block)
-    return _backward(_coefficients_torch, CPU_TILE, hidden, head, *args[:-1])
+    with torch.autocast("cpu", enabled=False):
+        return _backward(logit_passes_cpu.coefficients, logit_passes_cpu.TILE, hidden, head, *args[:-1])
 
 
 def _forward_fake(
@@ -241,45 +161,58 @@ def _backward_fake(
     return grad_hidden, grad_weight, hidden.new_empty(V if needs[2] else 0, dtype=stats.dtype)
 
 
-def _scale_rows(
-    direction: torch.Tensor, scale: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """upstream * scale * direction, rounded to ``dtype`` once."""
-    upstream = upstream * scale if len(scale) else upstream
-    out = direction.new_empty(direction.shape, dtype=dtype)
-    return torch.mul(direction, upstream[:, None], out=out)
+def _scale_rows_torch(direction, scale, upstream, rows, dtype):
+    kept = upstream if rows is None else upstream[rows]
+    kept = kept * scale if len(scale) else kept
+    out = torch.mul(direction, kept[:, None], out=direction.new_empty(direction.shape, dtype=dtype))
+    return out if rows is None else out.new_zeros(len(upstream), out.shape[1]).index_copy_(0, rows, out)
 
 
 _fwd = _runtime.register(
-    "linear_logprob_fwd", triton_impl=logit_passes.forward, torch_impl=_forward_torch, fake=_forward_fake
+    "linear_logprob_fwd",
+    triton_impl=logit_passes.forward,
+    torch_impl=logit_passes_cpu.forward,
+    fake=_forward_fake,
 )
 _bwd = _runtime.register(
     "linear_logprob_bwd", triton_impl=_backward_triton, torch_impl=_backward_torch, fake=_backward_fake
 )
 _scale = _runtime.register(
-    "linear_logprob_scale", triton_impl=_scale_rows, torch_impl=_scale_rows,
-    fake=lambda direction, scale, upstream, dtype: torch.empty_like(direction, dtype=dtype),
+    "linear_logprob_scale", triton_impl=logit_passes.scale_rows, torch_impl=_scale_rows_torch,
+    fake=lambda direction, scale, upstream, rows, dtype: direction.new_empty(
+        (len(upstream), direction.shape[1]), dtype=dtype
+    ),
 )  # fmt: skip
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target_ids, scales, return_entropy, gradient, workspace):
-        logprobs, entropy, stats, direction, direction_scale = _fwd(
+    def forward(ctx, hidden, weight, bias, target_ids, rows, scales, return_entropy, gradient, workspace):
+        """rows (N',): those to compute, None: all. The others' values and gradients are 0."""
+        total = len(hidden)
+        if rows is not None:
+            hidden, target_ids = hidden.index_select(0, rows), target_ids.index_select(0, rows)
+        forward = route(_fwd, logit_passes.forward, logit_passes_cpu.forward, hidden.device)
+        logprobs, entropy, stats, direction, direction_scale = forward(
             hidden, *output_head.operands(weight), bias, target_ids, *scales, return_entropy, gradient, workspace
         )  # fmt: skip
-        ctx.scales, ctx.return_entropy, ctx.gradient, ctx.workspace = (
+        ctx.scales, ctx.return_entropy, ctx.gradient, ctx.workspace, ctx.total = (
             scales,
             return_entropy,
             gradient,
             workspace,
+            total,
         )
         ctx.dtype, ctx.quantized = hidden.dtype, None if isinstance(weight, torch.Tensor) else weight
         ctx.set_materialize_grads(False)
-        saved = direction, direction_scale
+        saved = rows, direction, direction_scale
         if not gradient or return_entropy:  # what recomputation needs
             saved += hidden, None if ctx.quantized else weight, bias, target_ids, stats, entropy
         ctx.save_for_backward(*saved)
+        if rows is not None:
+            logprobs = logprobs.new_zeros(total).index_copy_(0, rows, logprobs)
+            if return_entropy:
+                entropy = entropy.new_zeros(total).index_copy_(0, rows, entropy)
         # torch.compile takes no None among the outputs: an entropy that nobody asked for is dropped by the caller.
         if not return_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -287,25 +220,31 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
-        direction, direction_scale, *inputs = ctx.saved_tensors
+        rows, direction, direction_scale, *inputs = ctx.saved_tensors
         with_entropy = ctx.return_entropy and grad_entropy is not None
-        nothing = (None,) * 8
+        nothing = (None,) * 9
         if grad_logprobs is None and not with_entropy:
             return nothing
         if ctx.gradient and not with_entropy:
-            return _scale(direction, direction_scale, grad_logprobs, ctx.dtype), *nothing[1:]
+            scale = route(_scale, logit_passes.scale_rows, _scale_rows_torch, direction.device)
+            return scale(direction, direction_scale, grad_logprobs, rows, ctx.dtype), *nothing[1:]
         hidden, weight, bias, target_ids, stats, entropy = inputs
+        upstream = [grad for grad in (grad_logprobs, grad_entropy) if grad is not None]
+        if rows is not None:
+            upstream = [grad.index_select(0, rows) for grad in upstream]
         if grad_logprobs is None:
-            grad_logprobs = torch.zeros_like(stats[0])
-        upstream = torch.stack([grad_logprobs, grad_entropy] if with_entropy else [grad_logprobs])
+            upstream.insert(0, torch.zeros_like(stats[0]))
         stats = torch.cat((stats, entropy[None])) if with_entropy else stats
         needs = list(ctx.needs_input_grad[:3])
         head = output_head.operands(ctx.quantized if weight is None else weight)
         grad_hidden, grad_weight, grad_bias = _bwd(
-            hidden, *head, bias, target_ids, stats, upstream, *ctx.scales, needs, ctx.workspace
+            hidden, *head, bias, target_ids, stats, torch.stack(upstream), *ctx.scales, needs, ctx.workspace
         )
+        grad_hidden = grad_hidden.to(hidden.dtype)
+        if rows is not None and needs[0]:
+            grad_hidden = grad_hidden.new_zeros(ctx.total, hidden.shape[1]).index_copy_(0, rows, grad_hidden)
         return (
-            grad_hidden.to(hidden.dtype) if needs[0] else None,
+            grad_hidden if needs[0] else None,
             grad_weight if needs[1] else None,
             grad_bias.to(bias.dtype) if needs[2] else None,
             *nothing[3:],
@@ -378,22 +317,19 @@ def fused_linear_logprob(
             f"target_ids is {target_ids[row].tolist()} at row {row.tolist()}, expected [0, {V})",
         )
     rows = None if mask is None or compiling else mask.reshape(-1).nonzero()[:, 0]
-    if rows is not None:
-        hidden, target_ids = hidden.index_select(0, rows), target_ids[rows]
-    elif mask is not None:
+    if mask is not None and rows is None:
         hidden = hidden.masked_fill(~mask.reshape(-1, 1), 0)
     softcap = None if softcap is None else float(softcap)
     trained = [isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in (hidden, weight, bias)]
     # A frozen head's gradient is left by the forward pass. float16 cannot hold what is summed on the way.
     gradient = torch.is_grad_enabled() and trained == [True, False, False] and hidden.dtype != torch.float16
     logprobs, entropy = _LinearLogprob.apply(
-        hidden, weight, bias, target_ids, (float(temperature), softcap), return_entropy, gradient, workspace_bytes
+        hidden, weight, bias, target_ids, rows, (float(temperature), softcap), return_entropy, gradient,
+        workspace_bytes,
     )  # fmt: skip
 
     def restored(values):
-        if rows is not None:
-            values = values.new_zeros(shape.numel()).index_copy(0, rows, values)
         values = values.reshape(shape)
-        return values if mask is None else values.masked_fill(~mask, 0)
+        return values.masked_fill(~mask, 0) if mask is not None and rows is None else values
 
     return LogprobOutput(restored(logprobs), restored(entropy) if return_entropy else None)

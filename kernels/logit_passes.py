@@ -19,6 +19,7 @@ from .logit_tiles import (
     _pack_kernel,
     _reference_kernel,
     _repair_kernel,
+    _scale_rows_kernel,
     _stats_kernel,
 )
 
@@ -80,7 +81,8 @@ def _processors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _blocks(size, step):
+def blocks(size, step):
+    """Slices of ``step`` that cover ``size``, the last one shorter."""
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
@@ -195,39 +197,51 @@ def forward(
     if gradient:
         weights = hidden.new_empty((min(N, R), triton.cdiv(C, COL_UNIT) * COL_UNIT))
         total = stats.new_empty((min(N, R), D)) if packed else None
-        words = torch.arange(SAMPLE, device=hidden.device) * V // SAMPLE
-        sample, sample_bias = output_head.gather(head, words, dtype), None if bias is None else bias[words]
+        sample = weight  # read in place, or where the head must be converted, its SAMPLE rows
+        if copied:
+            words = torch.arange(SAMPLE, device=hidden.device) * V // SAMPLE
+            sample = output_head.gather(head, words, dtype)
 
-    with _runtime.launch_on(hidden):
-        for rows in _blocks(N, R):
+    tiling = _tiling(config) | {"FLATTEN": config["FLATTEN"], "EVEN_D": D % config["BLOCK_D"] == 0}
+    row_stride = weights.stride(0) if gradient else 0
+    if not copied:
+        w, w_tiles = weight, _operand(weight, config, "BLOCK_V", "BLOCK_D")
+
+    with _runtime.launch_on(hidden), torch.autocast(hidden.device.type, enabled=False):
+        for rows in blocks(N, R):
             h, targets = hidden[rows], target_ids[rows]
             n, x_target = len(h), stats.new_full((len(h),), float("nan"))
-            reference = None
+            reference, out, out_tiles = None, None, None
+            h_tiles = _operand(h, config, "BLOCK_M", "BLOCK_D")
             if gradient:
                 sums = total[:n] if packed else direction[rows]
-                reference, known = torch.empty_like(x_target), targets.clamp(0, V - 1)
-                target_bias = None if bias is None else bias[known]
-                target_weight, index = head, known
+                out, reference = weights[:n], torch.empty_like(x_target)
+                # Past the end of a chunk come zeros or values that no product reads, as far as a tile goes.
+                out_tiles = _operand(out, config, "BLOCK_M", "BLOCK_V")
+                target_weight = weight
                 if copied:
-                    target_weight, index = (
-                        output_head.gather(head, known, dtype),
-                        torch.arange(n, device=h.device),
-                    )
-                strides = target_weight.stride()
+                    target_weight = output_head.gather(head, targets.clamp(0, V - 1), dtype)
+                where = {"GATHERED": copied, **flags}
                 _reference_kernel[(triton.cdiv(n, 16),)](
-                    h, target_weight, index, sample, target_bias, sample_bias, reference,
-                    n, D, *strides, scale, cap, **flags, BLOCK_M=16, SAMPLE=SAMPLE, BLOCK_D=64, num_warps=4,
+                    h, target_weight, targets, sample, bias, reference, n, D, V, *target_weight.stride(),
+                    *sample.stride(), scale, cap, **where, BLOCK_M=16, SAMPLE=SAMPLE, BLOCK_D=128, num_warps=4,
                 )  # fmt: skip
-            for cols in _blocks(V, C):
-                w, b = output_head.rows(head, cols, dtype).to(dtype), None if bias is None else bias[cols]
-                out = weights[:n, : len(w)] if gradient else None
-                stats_launch(
-                    config, h, w, b, targets, reference, partial, x_target, out, cols.start, scale, cap,
-                    ENTROPY=entropy, **flags,
+            for cols in blocks(V, C):
+                first_word, width = cols.start, cols.stop - cols.start
+                b = None if bias is None else bias[cols]
+                if copied:
+                    w, first_word = output_head.rows(head, cols, dtype).to(dtype), 0
+                    w_tiles = _operand(w, config, "BLOCK_V", "BLOCK_D")
+                _stats_kernel[(_programs(config, n, width, hidden.device),)](
+                    h_tiles, w_tiles, b, targets, reference, partial, x_target, out_tiles,
+                    n, width, D, cols.start, first_word, *w.stride(), partial.stride(1), partial.stride(0),
+                    row_stride, scale, cap, ENTROPY=entropy, WEIGHTS=gradient, **flags, **tiling,
+                    enable_fp_fusion=False,  # whatever else a pass makes must not change how statistics are rounded
                 )  # fmt: skip
                 if gradient:
-                    addmm_(sums, out, w, beta=int(cols.start > 0))
-                del w, out  # before the next copy is made
+                    addmm_(sums, out[:, :width], w if copied else weight[cols], beta=int(cols.start > 0))
+                if copied:
+                    del w, w_tiles  # before the next copy is made
             _merge_kernel[(triton.cdiv(n, 16),)](
                 partial, x_target, logprobs, entropies, stats, n, partial.shape[1], rows.start, partial.stride(1),
                 partial.stride(0), stats.stride(0), ENTROPY=entropy, BLOCK_N=16, BLOCK_T=256, num_warps=4,
@@ -237,18 +251,19 @@ def forward(
                 continue
             m, log_s = stats[:, rows]
             _direction_kernel[(n,)](
-                sums, target_weight, index, x_target, reference, logprobs[rows], m, log_s, D, *strides, scale, cap,
-                HAS_SOFTCAP=softcap is not None, BLOCK_D=1024, num_warps=4,
+                sums, target_weight, targets, x_target, reference, logprobs[rows], m, log_s, D, V,
+                *target_weight.stride(), scale, cap, GATHERED=copied, HAS_SOFTCAP=softcap is not None, BLOCK_D=1024,
+                num_warps=4,
             )  # fmt: skip
             block_d = triton.next_power_of_2(D)
-            for cols in _blocks(V, C if copied else V):
-                w, b = output_head.rows(head, cols, dtype).to(dtype), None if bias is None else bias[cols]
+            for cols in blocks(V, C if copied else V):
+                part, b = output_head.rows(head, cols, dtype).to(dtype), None if bias is None else bias[cols]
                 _repair_kernel[(n,)](
-                    sums, h, w, b, targets, reference, partial, m, log_s, len(w), D, cols.start, w.stride(0),
-                    w.stride(1), partial.stride(1), partial.stride(0), scale, cap, **flags,
+                    sums, h, part, b, targets, reference, partial, m, log_s, len(part), D, cols.start, part.stride(0),
+                    part.stride(1), partial.stride(1), partial.stride(0), scale, cap, **flags,
                     BLOCK_V=config["BLOCK_V"], BLOCK_D=block_d, num_warps=8 if block_d > 2048 else 4,
                 )  # fmt: skip
-                del w
+                del part
             del target_weight
             if packed:
                 out = direction[rows], direction_scale[rows]
@@ -256,22 +271,10 @@ def forward(
     return outputs
 
 
-def stats_launch(
-    config, hidden, weight, bias, target_ids, reference, partial, x_target, out, first_col, scale, softcap, **flags
-):  # fmt: skip
-    """The statistics of one chunk of rows and words and, where ``out`` is given, 2^(x - reference) * slope."""
-    (N, D), V = hidden.shape, weight.shape[0]
+def _programs(config, N, V, device):
+    """How many programs share the tiles of N rows and V words."""
     tiles = triton.cdiv(N, config["BLOCK_M"]) * triton.cdiv(V, config["BLOCK_V"])
-    _stats_kernel[(min(tiles, _processors(hidden.device) * config["programs"]),)](
-        _operand(hidden, config, "BLOCK_M", "BLOCK_D"), _operand(weight, config, "BLOCK_V", "BLOCK_D"), bias,
-        target_ids, reference, partial, x_target,
-        None if out is None else _operand(out, config, "BLOCK_M", "BLOCK_V"),
-        N, V, D, first_col, weight.stride(0), weight.stride(1), partial.stride(1), partial.stride(0),
-        0 if out is None else out.stride(0), scale, softcap,
-        WEIGHTS=out is not None, EVEN_D=D % config["BLOCK_D"] == 0, FLATTEN=config["FLATTEN"],
-        **flags, **_tiling(config),
-        enable_fp_fusion=False,  # whatever else a pass makes must not change how statistics are rounded
-    )  # fmt: skip
+    return min(tiles, _processors(device) * config["programs"])
 
 
 def coefficients(hidden, weight, bias, target_ids, first_col, stats, upstream, temperature, softcap):
@@ -290,10 +293,28 @@ def coefficients(hidden, weight, bias, target_ids, first_col, stats, upstream, t
     return out
 
 
+def scale_rows(
+    direction: torch.Tensor, scale: torch.Tensor, upstream: torch.Tensor, rows: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """upstream * scale * direction, rounded to ``dtype`` once; row i stands at ``rows``[i] among zeros."""
+    (n, D), make = direction.shape, torch.empty if rows is None else torch.zeros
+    out = make((len(upstream), D), dtype=dtype, device=direction.device)
+    if n:
+        with _runtime.launch_on(direction):
+            _scale_rows_kernel[(n,)](
+                direction, scale if len(scale) else None, upstream, rows, out, D, upstream.stride(0),
+                BLOCK_D=min(1024, triton.next_power_of_2(D)), num_warps=4,
+            )  # fmt: skip
+    return out
+
+
 def addmm_(total, a, b, beta=1):
-    """total = beta * total + a @ b, accumulated in the dtype of total; what beta = 0 drops may be anything."""
-    with torch.autocast(total.device.type, enabled=False):
-        if total.is_cuda and a.dtype != total.dtype:
-            torch.addmm(total, a, b.to(a.dtype), beta=beta, out_dtype=total.dtype, out=total)
-        else:
-            total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+    """total = beta * total + a @ b, accumulated in the dtype of total; what beta = 0 drops may be anything.
+
+    To be called with autocast off.
+    """
+    if total.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b.to(a.dtype), beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)

@@ -38,21 +38,26 @@ def _one_minus_exp(u):
 
 @triton.jit
 def _logits_tile(
-    hidden, weight, bias_ptr, first_row, first_col, N, V, D, stride_wv, stride_wd, scale, softcap,
+    hidden, weight, bias_ptr, first_row, first_col, first_word, N, V, D, stride_wv, stride_wd, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """x of the tile at (first_row, first_col) in float32; rows past N and columns past V are the caller's to mask."""
+    """x of the tile at (first_row, first_col) in float32; rows past N and columns past V are the caller's to mask.
+
+    Column 0 is row first_word of weight.
+    """
     rows, cols = first_row + tl.arange(0, BLOCK_M), first_col + tl.arange(0, BLOCK_V)
     x = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     if TMA:
         for start in range(0, D, BLOCK_D):
-            a, b = hidden.load([first_row, start]), weight.load([first_col, start])
+            a, b = hidden.load([first_row, start]), weight.load([first_word + first_col, start])
             x = tl.dot(a, b.T, x, input_precision="ieee")
     else:
         dims = tl.arange(0, BLOCK_D)
         hidden_ptrs = hidden + rows.to(tl.int64)[:, None] * D + dims[None, :]
-        weight_ptrs = weight + cols.to(tl.int64)[None, :] * stride_wv + dims[:, None] * stride_wd
+        weight_ptrs = (
+            weight + (first_word + cols.to(tl.int64))[None, :] * stride_wv + dims[:, None] * stride_wd
+        )
         row_mask, col_mask = (rows < N)[:, None], (cols < V)[None, :]
         for start in range(0, D, BLOCK_D):
             if EVEN_D:
@@ -86,15 +91,17 @@ def _targets(target_ptr, rows, first_col, N, V):
     return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["N", "V", "first_col"])
+@triton.jit(do_not_specialize=["N", "V", "first_col", "first_word"])
 def _stats_kernel(
     hidden, weight, bias_ptr, target_ptr, reference_ptr, partial_ptr, x_target_ptr, weights_out,
-    N, V, D, first_col, stride_wv, stride_wd, stride_tile, stride_plane, stride_out, scale, softcap,
+    N, V, D, first_col, first_word, stride_wv, stride_wd, stride_tile, stride_plane, stride_out, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTS: tl.constexpr,
     EVEN_D: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """All tiles of N rows and V words to partial (2 or 3, tiles, rows), and x of the targets that lie in these words.
+
+    The words are those from first_col on, which stand in weight from row first_word on.
 
     WEIGHTS also writes 2^(x - reference) * slope, 0 at the target and in tiles out of REACH, to weights_out (N, V).
     """
@@ -106,7 +113,7 @@ def _stats_kernel(
         rows, cols = first_row + tl.arange(0, BLOCK_M), col_tile * BLOCK_V + tl.arange(0, BLOCK_V)
         target = _targets(target_ptr, rows, first_col, N, V)
         x = _logits_tile(
-            hidden, weight, bias_ptr, first_row, col_tile * BLOCK_V, N, V, D, stride_wv, stride_wd,
+            hidden, weight, bias_ptr, first_row, col_tile * BLOCK_V, first_word, N, V, D, stride_wv, stride_wd,
             scale, softcap, HAS_BIAS, HAS_SOFTCAP, EVEN_D, TMA, BLOCK_M, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         owned = (target >= col_tile * BLOCK_V) & (target < (col_tile + 1) * BLOCK_V)
@@ -175,32 +182,37 @@ def _merge_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _reference_kernel(
-    hidden_ptr, target_weight_ptr, index_ptr, sample_ptr, target_bias_ptr, sample_bias_ptr, reference_ptr,
-    N, D, stride_tv, stride_td, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    hidden_ptr, target_weight_ptr, target_ptr, sample_ptr, bias_ptr, reference_ptr, N, D, V, stride_tv, stride_td,
+    stride_sv, stride_sd, scale, softcap, GATHERED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, SAMPLE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A logit near the top of each row: the largest of the target's and those of SAMPLE words.
+    """A logit near the top of each row: the largest of the target's and those of SAMPLE words, evenly spread.
 
-    The target's weights are row index of target_weight.
+    target_weight and sample are the whole head or, GATHERED, its rows for the targets and for the sample.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    words, dims = tl.arange(0, SAMPLE), tl.arange(0, BLOCK_D)
+    place, dims = tl.arange(0, SAMPLE), tl.arange(0, BLOCK_D)
     x = tl.zeros((BLOCK_M, SAMPLE), tl.float32)
     x_target = tl.zeros((BLOCK_M,), tl.float32)
-    index = tl.load(index_ptr + rows, mask=rows < N, other=0)
+    target = _known_targets(target_ptr + rows, rows < N, V)
+    words = place.to(tl.int64) * V // SAMPLE
     hidden_ptrs = hidden_ptr + rows.to(tl.int64)[:, None] * D + dims[None, :]
-    target_ptrs = target_weight_ptr + index[:, None] * stride_tv + dims[None, :] * stride_td
+    if GATHERED:
+        target_row, sample_row = rows.to(tl.int64), place.to(tl.int64)
+    else:
+        target_row, sample_row = target, words
+    target_ptrs = target_weight_ptr + target_row[:, None] * stride_tv + dims[None, :] * stride_td
+    sample_ptrs = sample_ptr + sample_row[None, :] * stride_sv + dims[:, None] * stride_sd
     for start in range(0, D, BLOCK_D):
         mask = (rows < N)[:, None] & (start + dims < D)[None, :]
         a = tl.load(hidden_ptrs + start, mask=mask, other=0.0)
         b = tl.load(target_ptrs + start * stride_td, mask=mask, other=0.0)
-        sample_ptrs = sample_ptr + words[None, :] * D + (start + dims)[:, None]
-        c = tl.load(sample_ptrs, mask=(start + dims < D)[:, None], other=0.0)
+        c = tl.load(sample_ptrs + start * stride_sd, mask=(start + dims < D)[:, None], other=0.0)
         x_target += tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
         x = tl.dot(a, c, x, input_precision="ieee")
     if HAS_BIAS:
-        x_target += tl.load(target_bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
-        x += tl.load(sample_bias_ptr + words).to(tl.float32)[None, :]
+        x_target += tl.load(bias_ptr + target).to(tl.float32)
+        x += tl.load(bias_ptr + words).to(tl.float32)[None, :]
     top = tl.maximum(x_target, tl.max(x, 1))
     if HAS_SOFTCAP:
         top = softcap * _tanh(top / softcap)
@@ -208,9 +220,17 @@ def _reference_kernel(
 
 
 @triton.jit
+def _known_targets(target_ptrs, mask, V):
+    """Targets, int64; one outside the vocabulary stands for the nearest word, so that its weight can be read."""
+    target = tl.load(target_ptrs, mask=mask, other=0)
+    return tl.minimum(tl.maximum(target, 0), V - 1)
+
+
+@triton.jit
 def _direction_kernel(
-    total_ptr, target_weight_ptr, index_ptr, x_target_ptr, reference_ptr, logprob_ptr, m_ptr, log_s_ptr,
-    D, stride_tv, stride_td, scale, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK_D: tl.constexpr,
+    total_ptr, target_weight_ptr, target_ptr, x_target_ptr, reference_ptr, logprob_ptr, m_ptr, log_s_ptr,
+    D, V, stride_tv, stride_td, scale, softcap, GATHERED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Row by row in place: total = sum 2^(x - reference) * slope * W becomes d logprob / d hidden."""
     row = tl.program_id(0).to(tl.int64)
@@ -219,7 +239,10 @@ def _direction_kernel(
     others = tl.exp2((tl.load(reference_ptr + row) - m) - log_s) * (scale * LN2)
     if HAS_SOFTCAP:
         own *= _slope(tl.load(x_target_ptr + row), scale, softcap)
-    target_weight_ptr += tl.load(index_ptr + row) * stride_tv
+    if GATHERED:
+        target_weight_ptr += row * stride_tv
+    else:
+        target_weight_ptr += _known_targets(target_ptr + row, True, V) * stride_tv
     for start in range(0, D, BLOCK_D):
         dims = start + tl.arange(0, BLOCK_D)
         total = tl.load(total_ptr + row * D + dims, mask=dims < D, other=0.0)
@@ -280,6 +303,25 @@ def _pack_kernel(direction_ptr, packed_ptr, scale_ptr, D, BLOCK_D: tl.constexpr)
     tl.store(scale_ptr + row, scale)
 
 
+@triton.jit
+def _scale_rows_kernel(
+    direction_ptr, scale_ptr, upstream_ptr, rows_ptr, out_ptr, D, stride_upstream, BLOCK_D: tl.constexpr
+):
+    """Row i of direction times its scale and its upstream gradient to row rows[i] (or i) of out."""
+    row = tl.program_id(0).to(tl.int64)
+    target = row
+    if rows_ptr is not None:
+        target = tl.load(rows_ptr + row)
+    factor = tl.load(upstream_ptr + target * stride_upstream)
+    if scale_ptr is not None:
+        factor *= tl.load(scale_ptr + row)
+    for start in range(0, D, BLOCK_D):
+        dims = start + tl.arange(0, BLOCK_D)
+        direction = tl.load(direction_ptr + row * D + dims, mask=dims < D, other=0.0)
+        value = direction.to(tl.float32) * factor
+        tl.store(out_ptr + target * D + dims, value.to(out_ptr.dtype.element_ty), mask=dims < D)
+
+
 @triton.jit(do_not_specialize=["N", "V", "first_col"])
 def _coefficients_kernel(
     hidden, weight, bias_ptr, target_ptr, stats_ptr, upstream_ptr, out_ptr,
@@ -291,7 +333,7 @@ def _coefficients_kernel(
     first_row, first = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_V
     rows, cols = first_row + tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_V)
     x = _logits_tile(
-        hidden, weight, bias_ptr, first_row, first, N, V, D, stride_wv, stride_wd, scale, softcap,
+        hidden, weight, bias_ptr, first_row, first, 0, N, V, D, stride_wv, stride_wd, scale, softcap,
         HAS_BIAS, HAS_SOFTCAP, EVEN_D, TMA, BLOCK_M, BLOCK_V, BLOCK_D,
     )  # fmt: skip
     target = _targets(target_ptr, rows, first_col, N, V)

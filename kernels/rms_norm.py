@@ -25,8 +25,12 @@ from . import _runtime
 from .dispatch import check_floating, route, wide
 
 MAX_D = 65536  # a row stays in the registers of one program
-# By D's next power of two: (rows, warps) of a program. One table for all cards, never keyed on the number of rows.
-CONFIGS = {2**i: (max(1, 2048 >> i), min(16, max(4, 2**i // 512))) for i in range(4, 17)}
+# By D's next power of two: rows of a program forward and backward, and its warps. One table for all cards, never
+# keyed on the number of rows.
+CONFIGS = {
+    2**i: (max(1, 2048 >> i), max(1 + (i < 14), 2048 >> i), min(16, max(4, 2**i // 512)))
+    for i in range(4, 17)
+}
 
 
 def rms_norm_ref(x, weight, eps, residual=None):
@@ -81,14 +85,15 @@ def _rms_norm_bwd_kernel(
     tl.store(dx + target, grad.to(dx.dtype.element_ty), mask=mask)
 
 
-def _layout(x):
-    """x as a (T, H, D) view with unit last stride, a copy only where there is no such view, and its launch."""
+def _layout(x, backward):
+    """x as (T, H, D) with unit last stride, a copy only where there is no such view, and the launch over its rows."""
     D = x.shape[-1]
     if x.stride(-1) != 1 or x.ndim > 3:
         x = x.contiguous().view(-1, D)
     x = x.view(1, 1, D) if x.ndim == 1 else x.unsqueeze(1) if x.ndim == 2 else x
     block_d = max(16, triton.next_power_of_2(D))
-    block_rows, warps = CONFIGS[block_d]
+    *block_rows, warps = CONFIGS[block_d]
+    block_rows = block_rows[backward]
     rows, H = x.shape[0] * x.shape[1], x.shape[1]
     launch = {"BLOCK_ROWS": block_rows, "BLOCK_D": block_d, "num_warps": warps}
     return x, (rows, H, D, x.stride(0), x.stride(1)), (triton.cdiv(rows, block_rows),), launch
@@ -100,7 +105,7 @@ def _rms_norm_triton(
     y, total = _fake(x, residual, weight, eps)
     if x.numel():
         add = residual is not None
-        values, sizes, grid, launch = _layout(x)
+        values, sizes, grid, launch = _layout(x, False)
         residual = residual.contiguous() if add else values
         with _runtime.launch_on(x):
             _rms_norm_kernel[grid](values, residual, weight, y, total, *sizes, eps, ADD=add, **launch)
@@ -119,7 +124,7 @@ def _rms_norm_bwd_triton(
     dx = _bwd_fake(dy, dtotal, x, weight, eps)
     if x.numel():
         add = dtotal is not None
-        values, sizes, grid, launch = _layout(x)
+        values, sizes, grid, launch = _layout(x, True)
         dy = dy.contiguous()
         dtotal = dtotal.contiguous() if add else dy
         with _runtime.launch_on(x):

@@ -8,7 +8,7 @@ import torch
 from cross_compile import assert_compiles, every_card
 from hypothesis import given
 from hypothesis import strategies as st
-from nanogrpo.kernels import _runtime, linear_logprob, logit_passes
+from nanogrpo.kernels import _runtime, linear_logprob, logit_passes, logit_passes_cpu
 from nanogrpo.kernels.linear_logprob import fused_linear_logprob, fused_linear_logprob_ref
 from nanogrpo.kernels.quantization import dequantize_4bit, quantize_4bit
 from numerics import EPS, assert_no_worse_than
@@ -162,7 +162,7 @@ def test_only_one_output_used():
 
 def test_many_tiles_and_chunks(monkeypatch):
     # More row blocks and vocabulary tiles than one of each, on both paths.
-    monkeypatch.setattr(linear_logprob, "CPU_TILE", (8, 64, 512))
+    monkeypatch.setattr(logit_passes_cpu, "TILE", (8, 64, 512))
     monkeypatch.setattr(linear_logprob, "CUDA_TILE", (16, 256, 4096))
     inputs = problem(37, 24, 1500, torch.float32, scale=3.0)
     assert_agrees(*inputs, temperature=0.9, return_entropy=True)
@@ -518,7 +518,7 @@ def test_registered_operators(softcap, entropy):
         args = (*operands, stats, upstream[: 1 + entropy], 0.7, softcap, needs, None)
         torch.library.opcheck(ops.linear_logprob_bwd, args)
     for scale in (torch.rand(7), torch.empty(0)):
-        torch.library.opcheck(ops.linear_logprob_scale, (hidden, scale, upstream[0], torch.bfloat16))
+        torch.library.opcheck(ops.linear_logprob_scale, (hidden, scale, upstream[0], None, torch.bfloat16))
 
 
 def test_compiles_without_graph_breaks():
@@ -579,10 +579,13 @@ def launch_all(N, D, V, dtype, softcap=None, entropy=False):
     logit_passes.coefficients(
         hidden, weight, bias, target_ids, 0, torch.rand(3, N), upstream[: 1 + entropy], *scales
     )
+    for rows in (None, torch.arange(N)):
+        logit_passes.scale_rows(hidden, torch.rand(N), upstream[0], rows, dtype)
 
 
 KERNELS = {
-    f"_{name}_kernel" for name in ("stats", "merge", "reference", "direction", "repair", "coefficients")
+    f"_{name}_kernel"
+    for name in ("stats", "merge", "reference", "direction", "repair", "coefficients", "scale_rows")
 }
 
 
@@ -692,10 +695,10 @@ def test_cpu_memory_is_bounded():
 
     how, scales = (hidden, weight, [], 0, 0, bias, target_ids), (1.0, 9.0)
     with Largest():
-        outputs = linear_logprob._forward_torch(*how, *scales, True, False, None)
+        outputs = logit_passes_cpu.forward(*how, *scales, True, False, None)
     assert largest == 4 * 512 * 1024, f"{largest / MiB:.1f} MiB"
     with Largest():
-        linear_logprob._forward_torch(*how, *scales, True, True, None)
+        logit_passes_cpu.forward(*how, *scales, True, True, None)
         stats = torch.cat((outputs[2], outputs[1][None]))
         linear_logprob._backward_torch(*how, stats, upstream, *scales, [True, False, True], None)
     assert largest == 4 * 512 * 1024, f"{largest / MiB:.1f} MiB"
