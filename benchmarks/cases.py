@@ -99,6 +99,25 @@ def matmul_4bit(device):
     return [case for model in ("Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3.1-8B") for case in linears(model, rows)]
 
 
+def lora_linear(device):
+    """Frozen linears of models' feed-forward blocks with an adapter: M rows, K inputs, N outputs, rank r."""
+
+    def linears(model, rows, r, names=("up", "down")):
+        hidden, ffn = MODELS[model].hidden, MODELS[model].ffn
+        dtype = "bfloat16" if device == "cuda" else "float32"
+        shapes = {"up": (hidden, ffn), "down": (ffn, hidden)}
+        for name in names:
+            K, N = shapes[name]
+            for M in rows:
+                sizes = {"M": M, "K": K, "N": N, "r": r}
+                yield Case(f"{model} {name}, rank {r}, {M} rows", dtype, sizes)
+
+    if device == "cpu":
+        return [*linears("SmolLM2-135M", (64, 512), 16)]
+    rows = (512, 2048, 8192)
+    return [*linears("Qwen2.5-1.5B", rows, 64), *linears("Llama-3.1-8B", rows, 16, names=("up",))]
+
+
 def dequantize(device):
     """Weights (N, K) of models' feed-forward blocks."""
     models = ("SmolLM2-135M",) if device == "cpu" else ("Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3.1-8B")

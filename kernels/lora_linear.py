@@ -107,26 +107,25 @@ def _lora_linear_triton(
     x: torch.Tensor, weight: list[torch.Tensor], lora_a: torch.Tensor, lora_b: torch.Tensor, columns: list[int],
     scaling: float, bias: torch.Tensor | None, quant_block: int, first_block: int,
 ) -> torch.Tensor:  # fmt: skip
-    M, N = len(x), len(weight[0])
+    M, N = x.shape[0], weight[0].shape[0]
     if not M * N:
         return x.new_empty(M, N)
     if M <= MAX_ROWS and not (x.is_cuda and x.dtype == torch.float32):
         y = _base(x, weight, bias, quant_block, first_block)
         return add_adapters(y, x, lora_a.contiguous(), lora_b.contiguous(), columns, scaling)
     h, b, r = torch.mm(x, lora_a.to(x.dtype).t()), lora_b.to(x.dtype), lora_b.shape[1]
-    if len(b) < N:  # outputs without an adapter
-        y = x.new_zeros(M, N) if bias is None else bias.expand(M, N).contiguous()
-    else:
+    whole = b.shape[0] == N  # no output is without an adapter
+    if whole:
         y = x.new_empty(M, N)
+    else:
+        y = x.new_zeros(M, N) if bias is None else bias.expand(M, N).contiguous()
     for part, (start, stop, first) in enumerate(_spans(columns)):
         target = _columns(y, start, stop)
         operands = _columns(h, part * r, part * r + r), b[first : first + stop - start].t()
-        if len(b) < N:
-            target.addmm_(*operands, alpha=scaling)
-        elif bias is None:
-            torch.addmm(target, *operands, beta=0, alpha=scaling, out=target)
-        else:
+        if whole and bias is not None:
             torch.addmm(bias[start:stop], *operands, alpha=scaling, out=target)
+        else:
+            target.addmm_(*operands, beta=0 if whole else 1, alpha=scaling)
     return y.addmm_(x, _dense(weight, quant_block, first_block, x.dtype).t())
 
 
@@ -147,11 +146,11 @@ def _lora_linear_bwd(
         options = dy, x, weight, lora_a, lora_b, columns, scaling, quant_block, first_block
         return [t.zero_() for t in _bwd_fake(*options, needs_x, needs_lora)]
     dy, a, b, r = dy.contiguous(), lora_a.to(x.dtype), lora_b.to(x.dtype), lora_b.shape[1]
-    g, spans = dy.new_empty(len(dy), len(a)), _spans(columns)  # g and h with the scaling in them
+    g, spans = dy.new_empty(dy.shape[0], a.shape[0]), _spans(columns)  # g and h with the scaling in them
     for part, (start, stop, first) in enumerate(spans):
         target = _columns(g, part * r, part * r + r)
         operands = _columns(dy, start, stop), b[first : first + stop - start]
-        torch.addmm(target, *operands, beta=0, alpha=scaling, out=target)
+        target.addmm_(*operands, beta=0, alpha=scaling)
     dx, grads = dy.new_empty(0), [dy.new_empty(0) for _ in range(0 if needs_lora else 1 + len(spans))]
     if needs_x:
         dx = torch.mm(g, a).addmm_(dy, _dense(weight, quant_block, first_block, x.dtype))
@@ -197,7 +196,8 @@ def _stack(parts):
         if part.untyped_storage().data_ptr() != storage:  # neighbours by chance
             return torch.cat(parts)
         end += part.nbytes
-    rows, columns = sum(len(part) for part in parts), first.shape[1]
+    columns = first.shape[1]
+    rows = (end - first.data_ptr()) // (columns * first.element_size())
     return first.detach().as_strided((rows, columns), (columns, 1))
 
 
@@ -230,7 +230,7 @@ class _LoraLinear(torch.autograd.Function):
             options = ctx.columns, ctx.scaling, *ctx.layout, needs_x, any(needed)
             dx, da, *db = backward(dy, x, weight, _stack(lora_a), _stack(lora_b), *options)
             if any(needed):
-                grads = [*(da.split(len(lora_a[0])) if P > 1 else [da]), *db]
+                grads = [*(da.split(lora_a[0].shape[0]) if P > 1 else [da]), *db]
         if needs_bias:
             dbias = dy.sum(0)
         grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
@@ -263,7 +263,7 @@ def lora_linear(x, weight, lora_a, lora_b, scaling, bias=None):
     Raises:
         ValueError: a shape, dtype, device or rank is not as above, or the weight requires a gradient.
     """
-    (N, K), r, dtypes, device = weight.shape, len(lora_a), (x.dtype, torch.float32), x.device
+    (N, K), r, dtypes, device = weight.shape, lora_a.shape[0], (x.dtype, torch.float32), x.device
     _check_base(x, weight, bias, r)
     _check_operand("lora_a", lora_a, (r, K), dtypes, device)
     _check_operand("lora_b", lora_b, (N, r), dtypes, device)
@@ -294,18 +294,18 @@ def lora_linear_stacked(x, weight, lora_a, lora_b, scaling, bias=None, starts=No
         raise ValueError(
             f"lora_a, lora_b and starts have {counts} parts, expected as many of each, at least one"
         )
-    r, kinds = len(lora_a[0]), ((lora_a[0].dtype,), (lora_b[0].dtype,))
+    r, kinds = lora_a[0].shape[0], ((lora_a[0].dtype,), (lora_b[0].dtype,))
     _check_base(x, weight, bias, r)
     columns, stop = [], 0
     for part, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
-        start = stop if starts is None else starts[part]
+        start, own = stop if starts is None else starts[part], b.shape[0]
         _check_operand(f"lora_a[{part}]", a, (r, K), kinds[0], device)
-        _check_operand(f"lora_b[{part}]", b, (len(b), r), kinds[1], device)
-        if not stop <= start <= N - len(b):
+        _check_operand(f"lora_b[{part}]", b, (own, r), kinds[1], device)
+        if not stop <= start <= N - own:
             raise ValueError(
-                f"part {part} owns outputs {start} to {start + len(b)}, expected within {stop} to {N}"
+                f"part {part} owns outputs {start} to {start + own}, expected within {stop} to {N}"
             )
-        stop = start + len(b)
+        stop = start + own
         columns += start, stop
     if starts is None and stop != N:
         raise ValueError(f"the parts have {stop} outputs, the weight {N}, expected as many or starts")

@@ -64,7 +64,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden_states, cos, sin, attend):
         x = rms_norm(hidden_states, self.input_norm, self.eps)
-        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
+        qkv = self.qkv_proj(x)
+        q, k, v = qkv.view(len(x), sum(self.heads), self.head_dim).split(self.heads, dim=1)
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
         out = attend(self.index, *rotary(q, k, cos, sin), v)

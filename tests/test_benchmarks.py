@@ -5,6 +5,7 @@ import sys
 import time
 
 import bench_linear_logprob as bench
+import bench_lora_linear
 import cases
 import comparison
 import measurement
@@ -254,3 +255,14 @@ def test_ours_is_the_public_operation():
     problem = bench.Problem(TINY, "cpu")
     got, _ = problem.step(bench.PEERS[0].load(), False)
     assert torch.equal(got, fused_linear_logprob(problem.hidden, problem.weight, problem.target_ids).logprobs)
+
+
+def test_the_lora_truth_is_that_of_autograd():
+    case = cases.Case("tiny linear", "float32", {"M": 7, "K": 128, "N": 24, "r": 3})
+    problem = bench_lora_linear.Problem(case)
+    plain = lambda x, a, b: x @ problem.weight.T + bench_lora_linear.SCALING * (x @ a.T) @ b.T
+    ours = bench_lora_linear.PEERS[0].load()(problem.weight)
+    for linear in (plain, ours):
+        for got, truth in zip(problem.step(linear), problem.truth(), strict=True):
+            assert (got - truth).norm() <= 1e-5 * truth.norm()
+    assert torch.equal(problem.floor()[0], problem.dy @ problem.weight)

@@ -88,6 +88,25 @@ def test_checkpointed_layers_give_the_same_gradients(monkeypatch):
         torch.testing.assert_close(recomputed[name], grad, atol=0, rtol=0)
 
 
+@pytest.mark.gpu
+def test_offloaded_checkpoints_give_the_same_gradients():
+    config, ids = small_config("qwen2", num_hidden_layers=5), random_ids(100).cuda()
+    weights = {name: tensor.cuda().bfloat16() for name, tensor in tiny_weights(config).items()}
+    policy = tiny_policy(config, weights)
+    policy.add_adapters(LoraConfig(r=4))
+    for parameter in policy.adapters().values():
+        parameter.data.normal_(std=0.1)
+    tree = pack_tree([ids.tolist()]).to("cuda")
+    found = []
+    for checkpointed, offloaded in ((False, False), (True, False), (True, True)):
+        policy.model.checkpoint_layers, policy.model.offload_checkpoints = checkpointed, offloaded
+        hidden_states = policy.model(tree.input_ids, tree.positions, TreeAttention(tree.key_end))
+        loss = hidden_states.float().square().sum()
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(policy.adapters().values()))])
+    for got in found[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(got, found[0], strict=True))
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "phi3"])
 def test_adapter_gradients_equal_autograd_of_merged_weights(architecture):
     """The chain rule of W + scaling B A on transformers' dense model, through the whole network."""
