@@ -3,12 +3,15 @@
 A word holds eight codes: those of eight neighbouring elements (nf4), or of four and the four 16 places on (int4). A
 tile of words has 32 columns, one a lane, and its rows go to warps and registers: so a code book spread over a warp
 answers a look-up by one shuffle (``tl.gather``), a word's eight values stay in their thread, and a tile of values
-leaves it as eight neighbours. Int4 codes become floats by their bits. Launch with ``enable_fp_fusion=False``: a fused
+leaves it as eight neighbours. Int4 codes become floats by their bits. ``packed_tile`` does the same for the order of
+``packed_codes``. Launch with ``enable_fp_fusion=False``: a fused
 multiply-add of nested scales, or of int4's scale and minimum, would round once, not twice.
 """
 
 import triton
 import triton.language as tl
+
+from .packed_codes import ORDER_BITS
 
 WORDS = 32  # words that a tile has a row: 256 weights
 
@@ -47,11 +50,14 @@ def decode_words(words, table, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def code_table(book, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr):
+def code_table(book, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr, PACKED: tl.constexpr = False):
     """The code book in registers, twice over: it then spans a warp, and bit 4 of an index does not matter."""
     table = 0
     if FORMAT != "int4":
-        table = tl.load(book + tl.zeros((BLOCK_N, 1), tl.int32) + (tl.arange(0, 32) & 15)[None, :])
+        code = (tl.arange(0, 32) & 15)[None, :]
+        if PACKED:
+            code = ((tl.full(code.shape, ORDER_BITS, tl.int64) >> (4 * code)) & 15).to(tl.int32)
+        table = tl.load(book + tl.zeros((BLOCK_N, 1), tl.int32) + code)
     return table
 
 
@@ -83,6 +89,23 @@ def weight_tile(values, scale, minimum, DTYPE: tl.constexpr, FORMAT: tl.constexp
     if FORMAT == "int4":  # a word's second four stand 16 places after its first
         tile = tile.reshape(ROWS, WORDS // 4, 4, 2, 4).permute(0, 1, 3, 2, 4)
     return tile.reshape(ROWS, 8 * WORDS)
+
+
+@triton.jit
+def packed_tile(words, table, scales, block, mask, first_block, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
+    """Packed words (ROWS, 32), two groups of 16 a row, as weights (ROWS, 256); ``block`` is each group's first."""
+    PER_BLOCK: tl.constexpr = 2 if FORMAT == "int4" else 4
+    v = ()
+    for b in tl.static_range(8 // PER_BLOCK):
+        scale, minimum = block_scale(scales, block + b, mask, first_block, FORMAT)
+        for nibble in tl.static_range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
+            value = _value(words, table, 4 * nibble, FORMAT)
+            v = v + (_weight(value, scale, minimum, DTYPE, FORMAT),)
+    # nibble i of word 4 p + r in its group is element 32 (i // 2) + 8 p + 4 (i % 2) + r
+    even = tl.join(tl.join(v[0], v[1]), tl.join(v[4], v[5]))
+    tile = tl.join(even, tl.join(tl.join(v[2], v[3]), tl.join(v[6], v[7])))
+    tile = tile.reshape(words.shape[0], 2, 4, 4, 2, 2, 2).permute(0, 1, 5, 6, 2, 4, 3)
+    return tile.reshape(words.shape[0], 256)
 
 
 @triton.jit

@@ -18,12 +18,11 @@ import triton
 import triton.language as tl
 
 from . import _runtime
-from .code_words import WORDS, aligned, block_scale, code_table, decode_words, weight_tile
-from .packed_codes import NF4_CODE, ORDER_BITS, unpack
+from .code_words import WORDS, aligned, block_scale, code_table, decode_words, packed_tile, weight_tile
+from .packed_codes import NF4_CODE, unpack
 from .quantized_weight import DTYPES, INT4_BLOCK, NESTED_BLOCK, QuantizedWeight, check_layout, decode_absmax
 
 BLOCK_R = 32  # rows of 256 values a program of the CUDA kernel, on every card: it only streams
-PACKED_R = 64  # groups of 128 values a program of its twin for packed codes
 CPU_TILE = 1 << 18  # float32 values: 1 MB, about one core's L2 cache
 
 
@@ -155,27 +154,24 @@ def _dequantize_kernel(
     tl.store(out + value, tile, mask=value < words.to(tl.int64) * 8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pitch"])
 def _dequantize_packed_kernel(
-    codes, scales, out, rows, first_block,
-    QUANT_BLOCK: tl.constexpr, FORMAT: tl.constexpr, BLOCK_R: tl.constexpr,
+    codes, scales, out, words, pitch, first_block,
+    FORMAT: tl.constexpr, BLOCK_R: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R groups of 16 packed words, 128 elements each, wherever in the weight they stand."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    word = tl.arange(0, 16)[None, :]
-    mask = row < rows
-    words = tl.load(codes + row * 16 + word, mask=mask, other=0)
-    PER_BLOCK: tl.constexpr = QUANT_BLOCK // 16  # nibbles
-    for b in tl.static_range(8 // PER_BLOCK):
-        scale, minimum = block_scale(scales, row * (8 // PER_BLOCK) + b, mask, first_block, FORMAT)
-        for nibble in tl.static_range(b * PER_BLOCK, (b + 1) * PER_BLOCK):
-            code = (words >> (4 * nibble)) & 15
-            if FORMAT == "int4":
-                value = code.to(tl.float32) * scale + minimum
-            else:
-                value = tl.load(scales[1] + ((ORDER_BITS >> (4 * code.to(tl.int64))) & 15)) * scale
-            k = 32 * (nibble // 2) + 8 * (word // 4) + 4 * (nibble % 2) + word % 4
-            tl.store(out + row * 128 + k, value.to(out.dtype.element_ty), mask=mask)
+    """``_dequantize_kernel`` of packed codes, in groups of 16 words."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    lane = tl.arange(0, WORDS)
+    word = row[:, None] * pitch + lane[None, :]
+    mask = word < words
+    BLOCKS: tl.constexpr = 4 if FORMAT == "int4" else 2  # in a group
+    # as in ``_dequantize_kernel``: the stated contiguity orders the lanes
+    block = row[:, None] * pitch * BLOCKS // 16 + tl.max_contiguous(lane // 16 * BLOCKS, 2)[None, :]
+    table = code_table(scales[1], BLOCK_R, FORMAT, PACKED=True)
+    packed = tl.load(codes + word, mask=mask, other=0)
+    tile = packed_tile(packed, table, scales, block, mask, first_block, out.dtype.element_ty, FORMAT)
+    value = row[:, None] * (8 * WORDS) + tl.arange(0, 8 * WORDS)[None, :]
+    tl.store(out + value, tile, mask=value < words.to(tl.int64) * 8)
 
 
 def kernel_format(scales):
@@ -188,32 +184,15 @@ def _dequantize_triton(
 ) -> torch.Tensor:
     out = _dequantize_fake(codes, scales, quant_block, first_block, dtype)
     words = aligned(codes).view(torch.int32)
-    options = {
-        "QUANT_BLOCK": quant_block,
-        "FORMAT": kernel_format(scales),
-        "num_warps": 4,
-        "enable_fp_fusion": False,
-    }
-    if not words.numel():
-        return out
-    with _runtime.launch_on(codes):
-        if codes.dtype == torch.int32:
-            rows = words.numel() // 16
-            _dequantize_packed_kernel[(triton.cdiv(rows, PACKED_R),)](
-                words, tuple(scales), out, rows, first_block, BLOCK_R=PACKED_R, **options
-            )
-        else:
-            _dequantize_kernel[(triton.cdiv(words.numel(), BLOCK_R * WORDS),)](
-                words,
-                tuple(scales),
-                out,
-                words.numel(),
-                WORDS,
-                first_block,
-                BLOCK_R=BLOCK_R,
-                WORDS=WORDS,
-                **options,
-            )
+    if words.numel():
+        packed = codes.dtype == torch.int32
+        kernel = _dequantize_packed_kernel if packed else _dequantize_kernel
+        blocks = {} if packed else {"QUANT_BLOCK": quant_block}
+        with _runtime.launch_on(codes):
+            kernel[(triton.cdiv(words.numel(), BLOCK_R * WORDS),)](
+                words, tuple(scales), out, words.numel(), WORDS, first_block, FORMAT=kernel_format(scales),
+                BLOCK_R=BLOCK_R, WORDS=WORDS, num_warps=4, enable_fp_fusion=False, **blocks,
+            )  # fmt: skip
     return out
 
 

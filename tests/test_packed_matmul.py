@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from cross_compile import assert_compiles, every_card, recorded_launches
 from hypothesis import given
 from hypothesis import strategies as st
+from nanogrpo.kernels.lora_linear import lora_linear
 from nanogrpo.kernels.matmul_4bit import PACKED_CONFIGS, _matmul_triton, matmul_4bit
 from nanogrpo.kernels.packed_codes import GAIN, NF4_CODE
 from nanogrpo.kernels.packed_matmul import packed_matmul_4bit, plan
@@ -230,3 +231,17 @@ def test_extra_memory_on_cuda(M):
     torch.cuda.reset_peak_memory_stats()
     y = matmul_4bit(x, q)
     assert torch.cuda.max_memory_allocated() - before - y.nbytes <= 132 * 1024 * M + 2**20
+
+
+@every_format
+def test_lora_linear_takes_packed_weights(format, double_quant):
+    if INTERPRET:
+        pytest.skip("test_operator_and_gradient covers the kernel's part")
+    q, r = made(40, 256, format, double_quant), 8
+    x, a, b = torch.randn(5, 256), torch.randn(r, 256), torch.randn(40, r)
+    got, expected = [], []
+    for weight, results in ((q.packed(), got), (q, expected)):
+        inputs = [t.clone().requires_grad_() for t in (x, a, b)]
+        y = lora_linear(inputs[0], weight, *inputs[1:], 0.5)
+        results += [y, *torch.autograd.grad(y.sum(), inputs)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
