@@ -36,7 +36,7 @@ class Sampler:
         self, policy, *, max_batch=64, kv_memory=None, kv_tokens=None, block_size=16, window=None,
         cuda_graphs=True, prefill_tokens=2048,
     ):  # fmt: skip
-        """None of these changes a completion.
+        """None of these changes a completion, as far as products do not depend on the number of rows.
 
         Args:
             policy: ``Policy``, read live.
