@@ -175,7 +175,9 @@ def decode_step(model, cache, draw, state):
         seen = None if state.seen is None else state.seen[draws if state.leaders is None else state.leaders]
         logits = model.logits(hidden_states[start:stop])
         drawn.append(draw(logits, rows, state.members[:, draws], counts[draws], seen))
-    tokens, logprobs, kept = (None if x[0] is None else torch.cat(x) for x in zip(*drawn, strict=True))
+    tokens, logprobs, kept = drawn[0]
+    if len(drawn) > 1:
+        tokens, logprobs, kept = (None if x[0] is None else torch.cat(x) for x in zip(*drawn, strict=True))
     if state.seen is not None:
         state.seen.scatter_(1, tokens[:, None], True)
     advance_rows(

@@ -33,25 +33,33 @@ class Sampler:
     """Generates on the live policy through a paged KV cache that exists only while it generates."""
 
     def __init__(
-        self, policy, *, max_batch=64, kv_memory=None, block_size=16, window=None, cuda_graphs=True,
-        prefill_tokens=2048,
+        self, policy, *, max_batch=64, kv_memory=None, kv_tokens=None, block_size=16, window=None,
+        cuda_graphs=True, prefill_tokens=2048,
     ):  # fmt: skip
-        """max_batch: sequences that run at once; kv_memory: bytes for keys and values, None: what the call needs;
-        block_size: tokens a KV block, a power of two of at least 16; window: decode steps between two looks of the
-        host at what was drawn, None: 16 on a GPU and 1 on the CPU; cuda_graphs: capture decode steps on a GPU (kept
-        for later calls); prefill_tokens: most prompt tokens of one forward. None of them changes a completion."""
-        for name, value in {
-            "max_batch": max_batch,
-            "window": window,
-            "prefill_tokens": prefill_tokens,
-        }.items():
+        """None of these changes a completion, as far as products do not depend on the number of rows.
+
+        Args:
+            policy: ``Policy``, read live.
+            max_batch: sequences that run at once.
+            kv_memory, kv_tokens: bytes for keys and values, or tokens whose keys and values fit; None: what the call
+                needs.
+            block_size: tokens a KV block, a power of two of at least 16.
+            window: decode steps between two looks of the host at what was drawn; None: 16 on a GPU, 1 on the CPU.
+            cuda_graphs: capture steps on a GPU, and keep them for later calls.
+            prefill_tokens: most tokens of one prefill.
+        """
+        positive = {"max_batch": max_batch, "window": window, "prefill_tokens": prefill_tokens}
+        for name, value in positive.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if kv_memory is not None and kv_tokens is not None:
+            raise ValueError(f"expected kv_memory or kv_tokens, not both, got {kv_memory} and {kv_tokens}")
         if block_size < 16 or block_size & (block_size - 1):
             raise ValueError(f"block_size must be a power of two of at least 16, got {block_size}")
         self.policy = policy
         self.max_batch = max_batch
         self.kv_memory = kv_memory
+        self.kv_tokens = kv_tokens
         self.block_size = block_size
         self.window = window or (16 if policy.device.type == "cuda" else 1)
         self.prefill_tokens = prefill_tokens
@@ -149,16 +157,18 @@ class Sampler:
             needs.append(shared + group_size * (whole - shared))
             longest = max(longest, whole)
         wanted = sum(sorted(needs)[-(self.max_batch // group_size) :])
-        if self.kv_memory is None:
+        if self.kv_memory is None and self.kv_tokens is None:
             return wanted
         block_bytes = KVCache.bytes_per_block(self.policy.config, self.block_size, self.policy.dtype)
-        num_blocks = self.kv_memory // block_bytes
+        given, num_blocks = f"kv_tokens of {self.kv_tokens}", (self.kv_tokens or 0) // self.block_size
+        if self.kv_memory is not None:
+            given, num_blocks = f"kv_memory of {self.kv_memory} bytes", int(self.kv_memory // block_bytes)
         if num_blocks < longest:
             raise ValueError(
-                f"kv_memory of {self.kv_memory} bytes holds {num_blocks} blocks of {self.block_size} tokens "
-                f"({block_bytes} bytes each); the longest request needs {longest}"
+                f"{given} holds {num_blocks} blocks of {self.block_size} tokens ({block_bytes} bytes each); the "
+                f"longest request needs {longest}"
             )
-        return int(min(num_blocks, wanted))
+        return min(num_blocks, wanted)
 
     def _prefill(self, cache, scheduler, admitted, params):
         """Compute the uncached tokens of ``admitted``, fork their groups and draw: yields (sequences, drawn)."""
