@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from .checkpoint import choose_checkpoint, list_checkpoints, load_checkpoint, sa
 from .config import GRPOConfig
 from .distributed import Ranks
 from .evaluation import Accuracy, evaluate
+from .progress import shown_progress
 from .report import open_tensorboard, plot_curves, table_header, table_row
 from .rewards import RewardError
 from .trainer import GRPOTrainer
@@ -157,7 +159,8 @@ class Run:
     def _step(self, writer):
         trainer = self.trainer
         start = time.perf_counter()
-        metrics = trainer.step()
+        with shown_progress(sys.stderr if self.ranks.main else None, trainer.progress):
+            metrics = trainer.step()
         metrics["seconds"] = time.perf_counter() - start
         if self.ranks.main:
             try:

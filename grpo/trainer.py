@@ -65,7 +65,8 @@ class GRPOTrainer:
         self.optimizer = make_optimizer(config.optimizer, self.named_parameters().values(), config.lr)
         self.step_count = 0
         self.batch = None  # the rollouts of the last step
-        self.meter = unmeasured  # a StepMeter within a step
+        self.meter = unmeasured  # within a step its StepMeter
+        self.micro_batches = (0, 0)  # done, of how many, in the update in progress
 
     def named_parameters(self):
         """Dict of everything that is trained: the live adapters by PEFT's names, then what the objective adds."""
@@ -86,8 +87,13 @@ class GRPOTrainer:
         with self.meter("scoring"):
             if "kl" not in metrics | prepared:
                 prepared["kl"] = self._measure_kl(batch)
-        self.step_count, self.batch = step, batch
+        self.step_count, self.batch, self.micro_batches = step, batch, (0, 0)
         return {"step": step, **sampled, **prepared, **metrics, **self.meter.metrics()}
+
+    def progress(self):
+        """(step in progress, its phase, micro-batches done, of how many): to be asked from another thread."""
+        running = list(getattr(self.meter, "running", ()))
+        return self.step_count + 1, running[-1] if running else "waiting", *self.micro_batches
 
     def close(self):
         """End the processes that score, where there are any; the next step starts new ones."""
@@ -197,7 +203,8 @@ class GRPOTrainer:
             share_prefix=self.config.share_prefix,
             unit=self.objective.unit,
         )
-        for rows in runs:
+        for index, rows in enumerate(runs):
+            self.micro_batches = (index, len(runs))
             micro = batch.select(rows)
             with self.meter("forward"):
                 out = self.objective.micro_loss(micro, on_policy=on_policy, micro_batches=len(runs))
