@@ -11,7 +11,7 @@ A = heads * head_dim, V words, T packed tokens a micro-batch, C completion token
     layer        what one layer keeps and works on: T (LAYER bytes below)
     logits       training: the head's workspace of 96 MiB, and hidden states and gradients of C rows;
                  rollout: V float32 values in four copies and float64 sums for each sequence
-    dequantized  one 4-bit linear in the compute dtype: the largest N K b
+    dequantized  one 4-bit linear, or those that share an input, in the compute dtype: the largest N K b
     context      of CUDA, with the loaded kernels: CONTEXT
 
 Rollout and training take turns, so the need is what both have and the larger of the two. "checkpoints", "layer" and
@@ -75,6 +75,14 @@ def linear_shapes(model):
     }
 
 
+def widest_stack(model):
+    """Values of the largest weight that one product dequantises: of projections that share an input, all."""
+    from ..rollout.linear import STACKS
+
+    shapes = {name.rpartition(".")[2]: shape for name, shape in linear_shapes(model).items()}
+    return max(sum(math.prod(shapes[part]) for part in parts) for parts in STACKS.values())
+
+
 def weight_bytes(model, quantize, itemsize):
     """Bytes of the frozen weights, biases and norms, and of the rotary frequencies."""
     from ..rollout.checkpoint import expected_tensors
@@ -126,6 +134,13 @@ def layer_bytes(model, itemsize):
     return kept, working + itemsize * 2 * D
 
 
+def attention_bytes(model, tokens):
+    """Bytes beside its result that ``tree_attention`` works in: its lists of tiles, and partial dk and dv."""
+    tiles, heads = -(-tokens // 64), model.num_key_value_heads
+    rows = max(tokens + 128, 256 // heads * 128)
+    return 4 * tiles * (2 + tiles) + 8 * rows * heads * model.head_dim
+
+
 def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
     """The ``MemoryPlan`` of a run on CUDA.
 
@@ -153,7 +168,7 @@ def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
     completion = min(T, sequences * config.max_completion_length)
     sizes = trained_sizes(model, config.lora_r, value_head=config.algorithm == "ppo")
     trained = 4 * sum(sizes)
-    widest = max(n * k for n, k in linear_shapes(model).values()) if config.quantize else 0
+    widest = widest_stack(model) if config.quantize else 0
     kept, working = layer_bytes(model, b)
     L, D = model.num_hidden_layers, model.hidden_size
     keeps_inputs = config.checkpoint_layers in (None, True)
@@ -161,7 +176,7 @@ def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
     if config.kv_memory is not None:
         cache = min(cache, int(config.kv_memory * GIB))
     rows = -(-prompts * prompt_length // 16) * 16
-    attention = T * T * (1 + 2 * b)  # which keys a token sees, as bool and as the numbers that are added
+    attention = attention_bytes(model, T)
     lora = 4 * config.lora_r * (2 * T + 2 * max(D, model.intermediate_size) * (T // 1024 + 2))
     return MemoryPlan(
         always={
