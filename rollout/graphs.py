@@ -44,7 +44,7 @@ class StepGraphs:
 
 
 def _held(model):
-    """What a captured step has fixed of a model: where its tensors stand, their shapes, and the adapters' scalings."""
+    """What a captured step has fixed of a model: where its tensors stand, their shapes, the adapters' scalings."""
     tensors, scalings = [model.embedding, model.head, model.norm], []
     for _, linear in model.linears():
         tensors += getattr(linear.weight, "codes", linear.weight), *linear.lora_a, *linear.lora_b

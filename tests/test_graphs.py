@@ -19,7 +19,7 @@ class Graph:
 
 @pytest.fixture
 def captures(monkeypatch):
-    """The pool of every capture. As torch's allocator, it refuses a pool that was used and holds no graph any more."""
+    """The pool of every capture. As torch's allocator, it refuses a pool whose graphs are all gone."""
     pools, handles, alive = [], itertools.count(1), {}
 
     @contextlib.contextmanager

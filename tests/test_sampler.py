@@ -328,6 +328,26 @@ def test_padded_and_reused_shapes_change_nothing(policy, options):
         assert kinds.count("decode") >= 1 and kinds.count("prefill") > 1
 
 
+def test_a_sampler_made_in_inference_mode_goes_on_outside(policy, baseline):
+    with torch.inference_mode():
+        sampler, kept = Sampler(policy), Sampler(policy)
+        inside = sampler.generate(PROMPTS, PARAMS, group_size=4)
+        kept.decoder.on_gpu, kept.decoder.graphs = True, KeptSteps()
+        kept.generate(PROMPTS, PARAMS, group_size=4)
+    states = [state for state, _ in kept.decoder.graphs.captured.values()]
+    assert states and not any(
+        t.is_inference() for s in states for t in vars(s).values() if torch.is_tensor(t)
+    )
+    assert tokens(inside) == tokens(sampler.generate(PROMPTS, PARAMS, group_size=4)) == tokens(baseline)
+
+
+def test_autocast_changes_nothing(policy, baseline):
+    expected = score(policy, PROMPTS, baseline)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Sampler(policy).generate(PROMPTS, PARAMS, group_size=4) == baseline
+        assert torch.equal(score(policy, PROMPTS, baseline), expected)
+
+
 def gpu_policy():
     weights = {name: tensor.cuda().bfloat16() for name, tensor in tiny_weights(small_config()).items()}
     return tiny_policy(weights=weights, lora=LoraConfig(r=4), eos_token_ids=EOS)
