@@ -208,7 +208,7 @@ def test_stop_strings_end_and_are_cut(policy):
 
 
 def test_logit_bias_forces_and_forbids(policy):
-    completions = generate(policy, logit_bias={33: 1e4})
+    completions = generate(policy, logit_bias={33: 10_000})
     assert all(set(c.token_ids) == {33} for c in completions)
     results = [completions[4 * i : 4 * i + 4] for i in range(len(PROMPTS))]
     torch.testing.assert_close(logprobs(results), score(policy, PROMPTS, results), atol=1e-5, rtol=1e-5)
@@ -392,6 +392,39 @@ def test_gpu_graphs_live_through_other_seeds_optimiser_steps_and_a_moved_cache()
     with policy.disable_adapters():
         results = sampler.generate(PROMPTS[:1], PARAMS, group_size=8)
         assert results == Sampler(policy, cuda_graphs=False).generate(PROMPTS[:1], PARAMS, group_size=8)
+
+
+@pytest.mark.gpu
+def test_gpu_graphs_follow_adapters_that_are_replaced(tmp_path):
+    policy, other = gpu_policy(), tiny_policy(lora=LoraConfig(r=4, alpha=40))
+    other.save_adapter(tmp_path)
+    sampler, seen = Sampler(policy, max_batch=8), []
+
+    def check():
+        results = sampler.generate(PROMPTS[:1], PARAMS, group_size=8)
+        assert results == Sampler(policy, cuda_graphs=False).generate(PROMPTS[:1], PARAMS, group_size=8)
+        seen.append(logprobs(results).sum().item())
+
+    check()
+    policy.load_adapter(tmp_path)  # in place, with another scaling
+    check()
+    policy.add_adapters(LoraConfig(r=2))
+    check()
+    perturb_adapters(policy)
+    check()
+    assert len(set(seen)) == 4
+
+
+@pytest.mark.gpu
+def test_gpu_another_stream_changes_nothing():
+    policy = gpu_policy()
+    sampler = Sampler(policy, max_batch=8)
+    expected = sampler.generate(PROMPTS, PARAMS, group_size=4)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert sampler.generate(PROMPTS, PARAMS, group_size=4) == expected
+        fresh = Sampler(policy, max_batch=8)
+        assert fresh.generate(PROMPTS, PARAMS, group_size=4) == expected
+    assert fresh.generate(PROMPTS, PARAMS, group_size=4) == expected
 
 
 @pytest.mark.gpu
