@@ -28,13 +28,12 @@ class StepGraphs:
         key = *key, tuple(linear.adapter_on for _, linear in self.policy.model.linears())
         if held != self.held or (key not in self.captured and len(self.captured) >= MAX_GRAPHS):
             self.captured.clear()
-            # A pool whose last graph is gone takes no further one.
-            self.held, self.pool = held, None
+            self.held = held
         if key not in self.captured:
             state, step = make()
             step()  # compiles what is to be captured
             graph = torch.cuda.CUDAGraph()
-            if self.pool is None:
+            if not self.captured:  # torch refuses a pool whose graphs are all gone
                 self.pool = torch.cuda.graph_pool_handle()
             with torch.cuda.device(self.policy.device), torch.cuda.graph(graph, pool=self.pool):
                 step()

@@ -115,3 +115,17 @@ def test_no_more_graphs_than_stated(captures):
     get(graphs, "decode", MAX_GRAPHS)
     assert len(graphs.captured) == 1
     assert get(graphs, "decode", 0) is not states[0]
+
+
+def test_a_capture_that_failed_leaves_nothing_behind(captures):
+    graphs = StepGraphs(tiny_policy())
+    calls = []
+
+    def step():
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("while it was captured")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.get(("decode", 8), lambda: (object(), step))
+    assert get(graphs, "decode", 8) and len(set(captures)) == 2
