@@ -228,7 +228,8 @@ class _LoraLinear(torch.autograd.Function):
         if needs_x or any(needed):
             backward = route(_bwd_op, _lora_linear_bwd, _lora_linear_bwd, x.device)
             options = ctx.columns, ctx.scaling, *ctx.layout, needs_x, any(needed)
-            dx, da, *db = backward(dy, x, weight, _stack(lora_a), _stack(lora_b), *options)
+            with torch.autocast(x.device.type, enabled=False):
+                dx, da, *db = backward(dy, x, weight, _stack(lora_a), _stack(lora_b), *options)
             if any(needed):
                 grads = [*(da.split(lora_a[0].shape[0]) if P > 1 else [da]), *db]
         if needs_bias:
@@ -258,7 +259,7 @@ def lora_linear(x, weight, lora_a, lora_b, scaling, bias=None):
         bias: (N,) of x's dtype, or None.
 
     Returns:
-        (..., N) in x's dtype.
+        (..., N) in x's dtype, in which all is computed under autocast, too.
 
     Raises:
         ValueError: a shape, dtype, device or rank is not as above, or the weight requires a gradient.
@@ -334,6 +335,9 @@ def _check_base(x, weight, bias, r):
 
 
 def _apply(x, weight, bias, columns, scaling, adapters):
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _apply(x, weight, bias, columns, scaling, adapters)
     (N, K), tensors, quant_block, first_block = weight.shape, [weight], 0, 0
     if isinstance(weight, QuantizedWeight):
         codes, scales, quant_block, first_block = weight.operands()

@@ -186,7 +186,8 @@ def _matmul_bwd(ctx, dy):
     needs_x, _, _, needs_bias, *_ = ctx.needs_input_grad
     dx = dbias = None
     if needs_x:
-        dx = dy @ dequantize_op(codes, scales, ctx.quant_block, ctx.first_block, dy.dtype)
+        with torch.autocast(dy.device.type, enabled=False):
+            dx = dy @ dequantize_op(codes, scales, ctx.quant_block, ctx.first_block, dy.dtype)
     if needs_bias:
         dbias = dy.sum(0)
     return dx, None, [None] * len(scales), dbias, None, None
@@ -211,7 +212,7 @@ def matmul_4bit(x, q, bias=None):
         bias: (N,) of x's dtype, or None.
 
     Returns:
-        (..., N) in x's dtype, with gradients to x and bias.
+        (..., N) in x's dtype, in which all is computed under autocast, too; with gradients to x and bias.
 
     Raises:
         ValueError: for other shapes, dtypes or devices.
@@ -225,6 +226,9 @@ def matmul_4bit(x, q, bias=None):
             tuple(bias.shape) == (N,) and bias.dtype == x.dtype and bias.device == x.device,
             f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}, expected {x.dtype} {(N,)} on {x.device}",
         )
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return matmul_4bit(x, q, bias)
     codes, scales, quant_block, first_block = q.operands()
     y = matmul_op(x.reshape(-1, K), codes, scales, bias, quant_block, first_block)
     return y.view(*x.shape[:-1], N)

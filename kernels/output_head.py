@@ -24,8 +24,9 @@ def from_operands(weight, scales, quant_block, first_block):
     if not scales:
         return weight
     format, names = FIELDS[scales[0].dtype]
+    per_element = 8 if weight.dtype == torch.int32 else 2  # packed codes are words
     return QuantizedWeight(
-        codes=weight, shape=(weight.shape[0], 2 * weight.shape[1]), format=format, quant_block=quant_block,
+        codes=weight, shape=(weight.shape[0], per_element * weight.shape[1]), format=format, quant_block=quant_block,
         dtype=torch.float32, first_block=first_block, **dict(zip(names, scales, strict=True)),
     )  # fmt: skip
 

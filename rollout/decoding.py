@@ -57,7 +57,7 @@ class TokenSampler:
         if params.logit_bias:
             self.bias.zero_()
             ids = torch.tensor(list(params.logit_bias), device=self.bias.device)
-            self.bias[ids] = torch.tensor(list(params.logit_bias.values()), device=self.bias.device)
+            self.bias[ids] = torch.tensor(list(params.logit_bias.values()), device=ids.device).to(self.bias)
         self.min_tokens = params.min_tokens if self.stop_ids else 0
 
     @property

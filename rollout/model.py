@@ -96,6 +96,7 @@ class Transformer(nn.Module):
         self.norm = weights["model.norm.weight"]
         self.inv_freq = rotary_frequencies(config).to(self.embedding.device)
         self.checkpoint_layers = self.offload_checkpoints = False
+        self.copies = None  # the stream of offloaded inputs
         self.layers = nn.ModuleList(
             DecoderLayer(config, i, lambda name, i=i: weights.get(f"model.layers.{i}.{name}"))
             for i in range(config.num_hidden_layers)
@@ -120,7 +121,8 @@ class Transformer(nn.Module):
         hidden_states = F.embedding(input_ids, self.embedding)
         checkpointed, store = self.checkpoint_layers and torch.is_grad_enabled(), None
         if checkpointed and self.offload_checkpoints and hidden_states.is_cuda:
-            store = PinnedStore(hidden_states.device)
+            self.copies = self.copies or torch.cuda.Stream(hidden_states.device)
+            store = PinnedStore(self.copies)
         for layer in self.layers:
             if checkpointed:
                 hidden_states = recompute(layer, hidden_states, others, layer.parameters_in_use(), store)

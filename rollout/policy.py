@@ -1,6 +1,7 @@
 """A policy: weights, tokenizer and adapters, with the log-probabilities that training and scoring need."""
 
 import contextlib
+import functools
 
 import torch
 
@@ -11,6 +12,18 @@ from .linear import LINEARS, stack_weights
 from .lora import DEFAULT_LORA, check_targets, read_adapter, write_adapter
 from .model import Transformer
 from .packing import pack_tree
+
+
+def without_autocast(method):
+    """``method`` of a policy, or of what has one, computing in the policy's own dtype whatever surrounds the call."""
+
+    @functools.wraps(method)
+    def call(self, *args, **options):
+        device = getattr(self, "policy", self).device
+        with torch.autocast(device.type, enabled=False):
+            return method(self, *args, **options)
+
+    return call
 
 
 class Policy:
@@ -88,6 +101,7 @@ class Policy:
             for linear, adapter_on in zip(linears, before, strict=True):
                 linear.adapter_on = adapter_on
 
+    @without_autocast
     def score(
         self,
         input_ids,

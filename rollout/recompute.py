@@ -8,13 +8,14 @@ import torch
 
 
 class PinnedStore:
-    """Tensors of one forward pass in pinned CPU memory, copied on a stream of their own while others compute.
+    """Tensors of one forward pass in pinned CPU memory, copied on another stream while others compute.
 
     Backward asks for them last to first; whenever it takes one, the one before is already on its way.
     """
 
-    def __init__(self, device):
-        self.stream = torch.cuda.Stream(device)
+    def __init__(self, stream):
+        """stream: one for all stores of a model, since the allocator keeps memory apart for each."""
+        self.stream = stream
         self.kept, self.coming = [], {}
 
     def keep(self, x):

@@ -7,6 +7,7 @@ import torch
 
 from .decoding import Decoder, mark_seen
 from .kv_cache import BlockAllocator, KVCache
+from .policy import without_autocast
 from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .streaming import TextStream
@@ -32,6 +33,7 @@ class Completion:
 class Sampler:
     """Generates on the live policy through a paged KV cache that exists only while it generates."""
 
+    @torch.inference_mode(False)  # what is kept between calls must stay writable outside of it
     def __init__(
         self, policy, *, max_batch=64, kv_memory=None, kv_tokens=None, block_size=16, window=None,
         cuda_graphs=True, prefill_tokens=2048,
@@ -65,7 +67,9 @@ class Sampler:
         self.prefill_tokens = prefill_tokens
         self.decoder = Decoder(policy, graphs=cuda_graphs)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
+    @without_autocast
     def generate(self, prompts, params=None, *, group_size=1, on_text=None):
         """Complete every prompt ``group_size`` times.
 

@@ -451,6 +451,17 @@ def test_quantized_head(format, double_quant):
         torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+def test_packed_head(format):
+    hidden, weight, _, target_ids, upstream = problem(9, 128, 300, torch.float32, scale=3.0)
+    quantized, results = quantize_4bit(weight, format), []
+    for head in (quantized.packed(), quantized):
+        leaf = hidden.detach().requires_grad_()
+        output = fused_linear_logprob(leaf, head, target_ids, return_entropy=True)
+        results.append((*output, *torch.autograd.grad(list(output), leaf, list(upstream[:2]))))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 @pytest.mark.skipif(INTERPRET, reason="once is enough")
 def test_quantized_head_compiles_without_graph_breaks():
     hidden, weight, _, target_ids, _ = problem(7, 64, 600, torch.float32)

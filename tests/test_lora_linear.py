@@ -57,6 +57,16 @@ def assert_correct(tensors, scaling=0.7):
         assert_no_worse_than(*values, floor=FLOOR[x.dtype], name=name)
 
 
+@pytest.mark.parametrize("rows", [5, 70])
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_autocast_changes_nothing(rows, format):
+    *tensors, dy = problem((rows,), 64, 48, 4, torch.float32, format=format)
+    expected = gradients(lora_linear, *tensors, dy, 0.7)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(lora_linear, *tensors, dy, 0.7)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @st.composite
 def problems(draw):
     format = draw(st.sampled_from([None, None, "nf4", "int4"]))

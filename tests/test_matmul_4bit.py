@@ -137,6 +137,17 @@ def test_a_row_does_not_depend_on_its_batch(device):
     ] * together.abs().max()  # where routes meet
 
 
+@pytest.mark.parametrize("rows", [3, 70])
+def test_autocast_changes_nothing(rows):
+    x, q = torch.randn(rows, 128, requires_grad=True), made(48, 128, "nf4")
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = matmul_4bit(x, q)
+            results.append((y, *grad(y.square().sum(), x)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_no_rows(device):
     q = made(5, 64, "nf4").to(device)
     x = torch.empty(3, 0, 64, device=device, dtype=torch.float16, requires_grad=True)

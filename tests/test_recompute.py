@@ -76,6 +76,6 @@ def test_offloaded_inputs_give_the_same_bits_and_leave_the_device():
         return held, found[0]
 
     chain(None)  # allocates the libraries' workspaces
-    (held, expected), (less, offloaded) = chain(None), chain(PinnedStore(x.device))
+    (held, expected), (less, offloaded) = chain(None), chain(PinnedStore(torch.cuda.Stream()))
     assert all(torch.equal(p, q) for p, q in zip(offloaded, expected, strict=True))
     assert held - less >= 5 * x.nbytes  # the inputs in between

@@ -208,7 +208,7 @@ def test_stop_strings_end_and_are_cut(policy):
 
 
 def test_logit_bias_forces_and_forbids(policy):
-    completions = generate(policy, logit_bias={33: 1e4})
+    completions = generate(policy, logit_bias={33: 10_000})
     assert all(set(c.token_ids) == {33} for c in completions)
     results = [completions[4 * i : 4 * i + 4] for i in range(len(PROMPTS))]
     torch.testing.assert_close(logprobs(results), score(policy, PROMPTS, results), atol=1e-5, rtol=1e-5)
@@ -328,6 +328,26 @@ def test_padded_and_reused_shapes_change_nothing(policy, options):
         assert kinds.count("decode") >= 1 and kinds.count("prefill") > 1
 
 
+def test_a_sampler_made_in_inference_mode_goes_on_outside(policy, baseline):
+    with torch.inference_mode():
+        sampler, kept = Sampler(policy), Sampler(policy)
+        inside = sampler.generate(PROMPTS, PARAMS, group_size=4)
+        kept.decoder.on_gpu, kept.decoder.graphs = True, KeptSteps()
+        kept.generate(PROMPTS, PARAMS, group_size=4)
+    states = [state for state, _ in kept.decoder.graphs.captured.values()]
+    assert states and not any(
+        t.is_inference() for s in states for t in vars(s).values() if torch.is_tensor(t)
+    )
+    assert tokens(inside) == tokens(sampler.generate(PROMPTS, PARAMS, group_size=4)) == tokens(baseline)
+
+
+def test_autocast_changes_nothing(policy, baseline):
+    expected = score(policy, PROMPTS, baseline)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Sampler(policy).generate(PROMPTS, PARAMS, group_size=4) == baseline
+        assert torch.equal(score(policy, PROMPTS, baseline), expected)
+
+
 def gpu_policy():
     weights = {name: tensor.cuda().bfloat16() for name, tensor in tiny_weights(small_config()).items()}
     return tiny_policy(weights=weights, lora=LoraConfig(r=4), eos_token_ids=EOS)
@@ -372,6 +392,39 @@ def test_gpu_graphs_live_through_other_seeds_optimiser_steps_and_a_moved_cache()
     with policy.disable_adapters():
         results = sampler.generate(PROMPTS[:1], PARAMS, group_size=8)
         assert results == Sampler(policy, cuda_graphs=False).generate(PROMPTS[:1], PARAMS, group_size=8)
+
+
+@pytest.mark.gpu
+def test_gpu_graphs_follow_adapters_that_are_replaced(tmp_path):
+    policy, other = gpu_policy(), tiny_policy(lora=LoraConfig(r=4, alpha=40))
+    other.save_adapter(tmp_path)
+    sampler, seen = Sampler(policy, max_batch=8), []
+
+    def check():
+        results = sampler.generate(PROMPTS[:1], PARAMS, group_size=8)
+        assert results == Sampler(policy, cuda_graphs=False).generate(PROMPTS[:1], PARAMS, group_size=8)
+        seen.append(logprobs(results).sum().item())
+
+    check()
+    policy.load_adapter(tmp_path)  # in place, with another scaling
+    check()
+    policy.add_adapters(LoraConfig(r=2))
+    check()
+    perturb_adapters(policy)
+    check()
+    assert len(set(seen)) == 4
+
+
+@pytest.mark.gpu
+def test_gpu_another_stream_changes_nothing():
+    policy = gpu_policy()
+    sampler = Sampler(policy, max_batch=8)
+    expected = sampler.generate(PROMPTS, PARAMS, group_size=4)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert sampler.generate(PROMPTS, PARAMS, group_size=4) == expected
+        fresh = Sampler(policy, max_batch=8)
+        assert fresh.generate(PROMPTS, PARAMS, group_size=4) == expected
+    assert fresh.generate(PROMPTS, PARAMS, group_size=4) == expected
 
 
 @pytest.mark.gpu

@@ -51,7 +51,7 @@ def tiny_policy(config=None, weights=None, *, seed=0, lora=None, eos_token_ids=(
 def perturb_adapters(policy, seed=0):
     generator = torch.Generator().manual_seed(seed + 1)
     for parameter in policy.adapters().values():
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
 
 
 def transformers_weights(config, weights):
