@@ -38,6 +38,11 @@ class Error(NamedTuple):
     limit: float
 
 
+def distance(got, truth, limit):
+    """The ``Error`` of a whole tensor: its distance from the float64 truth over the truth's norm."""
+    return Error(((got.double() - truth).norm() / truth.norm()).item(), limit)
+
+
 def import_alone(name):
     """Import ``package.module`` of an installed package without running the ``__init__`` of its parents.
 
@@ -58,7 +63,10 @@ def absent(peer, device):
     return "needs CUDA" if peer.cuda_only and device != "cuda" else None
 
 
-def compare(case, mode, device, *, peers, call, verify, flops, nbytes, floor=None, graph=False, drive=None):
+def compare(
+    case, mode, device, *, peers, call, verify, flops, nbytes, floor=None, graph=False, drive=None,
+    work=None, facts=None, rounds=None,
+):  # fmt: skip
     """Measure one case; the record that ``store`` keeps and ``render`` shows.
 
     Args:
@@ -72,6 +80,9 @@ def compare(case, mode, device, *, peers, call, verify, flops, nbytes, floor=Non
         floor: (name, callable): what the operation cannot beat, raced with the others.
         graph: replay CUDA graphs instead of launching.
         drive: see ``Race.run``.
+        work: (unit, amount) that one callable does, shown as a rate: ("tokens", 1600).
+        facts: facts(contenders so far) -> {name: number, or {part: number}}, what else is worth keeping of ours.
+        rounds: arguments of ``Race.run`` for calls of seconds: {"warmup": 1, "fewest": 3}.
     """
     results, laps = {}, {}
     if floor is not None:
@@ -97,9 +108,13 @@ def compare(case, mode, device, *, peers, call, verify, flops, nbytes, floor=Non
         gc.collect()
     ours = results[peers[0].name]
     assert "failed" not in ours, f"{peers[0].name}, {case}, {mode}: {ours['failed']}"
-    for name, times in Race(device, laps, graph=graph).run(seconds=SECONDS, drive=drive).items():
+    for name, times in (
+        Race(device, laps, graph=graph).run(seconds=SECONDS, drive=drive, **rounds or {}).items()
+    ):
         results.setdefault(name, {}).update(times)
-    return {
+    more = {} if work is None else {"work": list(work)}
+    more |= {} if facts is None else {"facts": facts(results)}
+    return more | {
         "case": case.name, "mode": mode, "dtype": case.dtype, "shape": case.shape, "flops": flops, "bytes": nbytes,
         "floor": floor and floor[0], "ours": peers[0].name, "contenders": results,
     }  # fmt: skip
