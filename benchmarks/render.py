@@ -35,8 +35,9 @@ def timed(record):
 
 
 def best_peer(record):
-    """(name, result) of the fastest contender that is neither ours nor the floor, or None."""
-    peers = [item for item in timed(record).items() if item[0] not in (record["ours"], record["floor"])]
+    """(name, result) of the fastest contender that is neither ours, in any variant, nor the floor, or None."""
+    theirs = lambda name: name != record["floor"] and name.split(",")[0] != record["ours"]
+    peers = [item for item in timed(record).items() if theirs(item[0])]
     return min(peers, key=lambda item: item[1]["ms"], default=None)
 
 
