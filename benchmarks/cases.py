@@ -189,12 +189,21 @@ def decoder_layer(device):
 
 
 class Rollout(NamedTuple):
-    """What the benchmarks of generation and of whole steps run: a shape's name, its 4-bit format and its rank."""
+    """What generation and whole steps run on: a shape's name, its 4-bit format, its rank (0: no LoRA), sizes."""
 
     model: str
     quantize: str | None
     r: int
     sizes: dict
+
+    def __str__(self):
+        adapters = f" + LoRA r={self.r}" * (self.r > 0)
+        return f"{self.model}, {self.quantize or 'dense'}{adapters}"
+
+    def case(self, device, text):
+        """The ``Case`` under which it is recorded; ``text`` may name sizes."""
+        dtype = "bfloat16" if device == "cuda" else "float32"
+        return Case(f"{self}, {text.format(**self.sizes)}", dtype, {**self.sizes, "r": self.r})
 
 
 def generate(device):
