@@ -31,12 +31,12 @@ SLOWEST = {"B": 64, "completion": 200}  # beyond, a call of transformers takes m
 
 def ours(policy, problem):
     sampler = Sampler(policy, max_batch=problem.sizes["B"])
-    return lambda: _recorded(problem.sample(sampler))
 
+    def generate():
+        completions = [completion for group in problem.sample(sampler) for completion in group]
+        return [c.token_ids for c in completions], lambda row: torch.tensor(completions[row].logprobs)
 
-def _recorded(groups):
-    completions = [completion for group in groups for completion in group]
-    return [c.token_ids for c in completions], lambda row: torch.tensor(completions[row].logprobs)
+    return generate
 
 
 def transformers(batched):
@@ -129,25 +129,17 @@ def facts(policy, problem):
     problem.sample(sampler)
     found["seconds of a first call"] = time.perf_counter() - start
     if DEVICE == "cuda":
-        found["MiB beyond weights, keys and values"] = (
-            torch.cuda.max_memory_reserved() - before - kv
-        ) / 2**20
-        steps = problem.sizes["completion"]
+        beyond = torch.cuda.max_memory_reserved() - before - kv
+        found["MiB beyond weights, keys and values"] = beyond / 2**20
+        # The difference of two lengths is decode steps alone, whatever the prefill takes.
+        most = problem.sizes["completion"]
         whole, part = (
-            measurement.kernel_times(lambda n=n: problem.sample(sampler, n)) for n in (steps, steps // 2)
+            measurement.kernel_times(lambda n=n: problem.sample(sampler, n)) for n in (most, most // 2)
         )
-        step = {}  # the difference of two lengths is decode steps alone, whatever the prefill takes
-        for name, (spent, launches) in whole.items():
-            before = part.get(name, (0.0, 0))
-            step[name] = (
-                (spent - before[0]) / (steps - steps // 2),
-                (launches - before[1]) / (steps - steps // 2),
-            )
-        found["kernels of a step"] = sum(launches for _, launches in step.values())
-        found["device µs of a step"] = sum(time for time, _ in step.values())
-        found["device µs of a decode step, by kernel"] = {
-            name: time for name, (time, _) in step.items() if time > 0.1
-        }
+        a_step = lambda name, i: (whole[name][i] - part.get(name, (0, 0))[i]) / (most - most // 2)
+        found["kernels of a decode step"] = sum(a_step(name, 1) for name in whole)
+        found["their device time, µs"] = sum(a_step(name, 0) for name in whole)
+        found["device µs of a decode step"] = {n: a_step(n, 0) for n in whole if a_step(n, 0) > 0.1}
     return found
 
 
@@ -175,18 +167,15 @@ def test_generate(compare, rollout):
             errors["log-prob error"] = Error(max(error, errors["log-prob error"].value), LIMITS[case.dtype])
         return errors
 
-    linears = [linear for _, linear in policy.model.linears()]
-    elements = (
-        sum(linear.weight.shape[0] * linear.weight.shape[1] for linear in linears) + policy.model.head.numel()
-    )
-    weights = sum(linear.weight.nbytes for linear in linears) + policy.model.head.nbytes
-    adapters = sum(parameter.nbytes for parameter in policy.adapters().values())
+    weights = [linear.weight for _, linear in policy.model.linears()] + [policy.model.head]
+    elements = sum(weight.shape[0] * weight.shape[1] for weight in weights)
+    read = sum(tensor.nbytes for tensor in (*weights, *policy.adapters().values()))
     tokens_read = C * B // sizes["group"] * sizes["prompt"] + B * C * (C - 1) // 2  # prompts once a group
     kept = KVCache.bytes_per_block(policy.config, 1, policy.dtype)
     slow = any(sizes[name] > most for name, most in SLOWEST.items())
     compare(
         case, "whole call", peers=PEERS[:1] if slow else PEERS, verify=verify,
         call=lambda load: [load(policy, problem)],
-        flops=2 * B * C * elements, nbytes=C * (weights + adapters) + tokens_read * kept, work=("tokens", B * C),
+        flops=2 * B * C * elements, nbytes=C * read + tokens_read * kept, work=("tokens", B * C),
         facts=lambda contenders: facts(policy, problem), rounds={"warmup": 1, "fewest": 3},
     )  # fmt: skip

@@ -4,9 +4,6 @@ Peers that know no tree get every sequence whole, with its prefix repeated, alre
 copying is not timed. They are held against the same truth, the gradients of a prefix summed over its copies.
 """
 
-import functools
-import inspect
-
 import cases
 import pytest
 import torch
@@ -41,29 +38,15 @@ def ours_unshared():
     return load
 
 
-def on_sequences(attend):
-    """attend(q, k, v, cu_seqlens, cu_seqlens, longest, longest) as an adapter."""
+def flash():
+    """The flash attention inside torch, of variable length: what torch.nn.attention.varlen calls."""
 
     def load(problem):
         cu, most = problem.bounds.int(), problem.sequence
-        return lambda q, k, v: attend(q, k, v, cu, cu, most, most), problem.node
+        op = torch.ops.aten._flash_attention_forward
+        return lambda q, k, v: op(q, k, v, cu, cu, most, most, 0.0, True, False)[0], problem.node
 
     return load
-
-
-def flash():
-    op = torch.ops.aten._flash_attention_forward
-    return on_sequences(lambda *arguments: op(*arguments, 0.0, True, False)[0])
-
-
-def varlen():
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = inspect.signature(varlen_attn).parameters
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    return on_sequences(
-        functools.partial(varlen_attn, **options, **{"enable_gqa": True} if "enable_gqa" in known else {})
-    )
 
 
 def sdpa_masked():
@@ -107,7 +90,6 @@ def flex():
 PEERS = [
     Peer("ours", None, ours),
     Peer("torch flash, variable length", "torch", flash, cuda_only=True),
-    Peer("torch varlen_attn", "torch", varlen, cuda_only=True),
     Peer("torch flex_attention", "torch", flex, cuda_only=True),
     Peer("torch SDPA with a mask", "torch", sdpa_masked),
     Peer("ours, prefix repeated", None, ours_unshared),

@@ -226,3 +226,8 @@ def step(device):
         Rollout("Qwen2.5-1.5B", "nf4", 64, {"group": 8, "completion": C, "limit": limit})
         for C, limit in ((200, 2253), (1024, 2765))
     ]
+
+
+def cold_start(device):
+    """Models that are loaded from disk."""
+    return ["tiny-qwen2"] if device == "cpu" else ["Qwen2.5-1.5B"]

@@ -7,6 +7,8 @@ is not timed, and the record says why.
 import gc
 import importlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec, module_from_spec
@@ -54,6 +56,17 @@ def import_alone(name):
         if parent not in sys.modules:
             sys.modules[parent] = module_from_spec(find_spec(parent))
     return importlib.import_module(name)
+
+
+def in_process(file, *arguments):
+    """Run a benchmark's file as a script of its own; the JSON lines that it prints. RuntimeError where it fails."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    command = [sys.executable, file, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or f"exit code {done.returncode}").split("\n")[-1])
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def absent(peer, device):
