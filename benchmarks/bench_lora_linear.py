@@ -1,83 +1,106 @@
-"""lora_linear on an NF4 base, forward + backward as training calls it, beside what PEFT does over bitsandbytes."""
+"""lora_linear over an NF4 base, forward and backward, beside other QLoRA linears; the floor is a dense linear."""
 
 import cases
+import peer_models
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Error, Peer
+from comparison import Peer, distance, import_alone
 from nanogrpo.kernels import dequantize_4bit, lora_linear, quantize_4bit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Plainly wrong: relative norm of the error of the output, and of a gradient.
+LIMITS = {"bfloat16": (2.0**-6, 2.0**-5), "float32": (1e-5, 1e-4)}
 SCALING = 0.5
-# Plainly wrong: an output or gradient that is off by more than this times its own size.
-LIMITS = {"bfloat16": 2.0**-5, "float32": 1e-4}
 
 
-# Each adapter takes a dense weight (N, K) and returns call(x, lora_a, lora_b) -> (M, N).
+# Each adapter takes a ``Problem`` and returns (call, lora_a, lora_b): call(x (M, K)) -> (M, N).
 
 
 def ours():
-    def load(weight):
-        q = quantize_4bit(weight)
-        return lambda x, a, b: lora_linear(x, q, a, b, SCALING)
+    def load(problem):
+        q = quantize_4bit(problem.weight, "nf4")
+        return (
+            lambda x: lora_linear(x, q, problem.lora_a, problem.lora_b, SCALING),
+            problem.lora_a,
+            problem.lora_b,
+        )
+
+    return load
+
+
+def over_dense():
+    """LoRA in plain torch over a dense base: four bytes where the others have one."""
+
+    def load(problem):
+        a, b = problem.lora_a, problem.lora_b
+        call = lambda x: (
+            F.linear(x, problem.weight) + SCALING * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+        )
+        return call, a, b
 
     return load
 
 
 def peft():
-    import bitsandbytes
-    import bitsandbytes.functional as bnb
+    def load(problem):
+        linear = peer_models.lora(
+            peer_models.linear4bit(problem.weight),
+            problem.lora_a,
+            problem.lora_b,
+            SCALING * len(problem.lora_a),
+        )
 
-    def load(weight):
-        packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        def call(x):
+            with torch.autocast(DEVICE, x.dtype, enabled=x.dtype != torch.float32):  # as its trainers run it
+                return linear(x)
 
-        def call(x, a, b):
-            base = bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)
-            # as peft.tuners.lora.bnb.Linear4bit: the adapter in its own dtype, its result in the base's
-            delta = F.linear(F.linear(x.to(a.dtype), a), b) * SCALING
-            return base + delta.to(base.dtype)
-
-        return call
+        return call, linear.lora_A["default"].weight, linear.lora_B["default"].weight
 
     return load
 
 
-PEERS = [Peer("ours", None, ours), Peer("PEFT + bitsandbytes", "bitsandbytes", peft, cuda_only=True)]
+def unsloth():
+    import_alone("unsloth_zoo.utils")  # Unsloth's kernels ask it for a version
+    function = import_alone("unsloth.kernels.fast_lora").LoRA_W
+
+    def load(problem):
+        base, (a, b) = peer_models.linear4bit(problem.weight, nested=True), (problem.lora_a, problem.lora_b)
+        weight, state = base.weight.data, base.weight.quant_state
+        return lambda x: function.apply(x[None], weight, state, a, b, SCALING)[0], a, b
+
+    return load
+
+
+PEERS = [
+    Peer("ours", None, ours),
+    Peer("Unsloth LoRA_W", "unsloth", unsloth, cuda_only=True),
+    Peer("PEFT + bitsandbytes", "peft", peft),
+    Peer("torch over a dense base", "torch", over_dense),
+]
 
 
 class Problem:
-    """Activations, a weight on NF4's grid, and an adapter whose part of the output is as large as the base's."""
+    """A base of variance 1/K on NF4's grid, so that every contender has the same, and adapters of a similar size."""
 
     def __init__(self, case):
-        shape, self.dtype = case.shape, getattr(torch, case.dtype)
-        M, K, N, r = (shape[name] for name in "MKNr")
+        shape, dtype = case.shape, getattr(torch, case.dtype)
+        M, K, N, r = (shape[name] for name in ("M", "K", "N", "r"))
         generator = torch.Generator(DEVICE).manual_seed(0)
         draw = lambda *size: torch.randn(size, generator=generator, device=DEVICE)
-        self.x, self.dy = draw(M, K).to(self.dtype), draw(M, N).to(self.dtype)
-        self.weight = dequantize_4bit(quantize_4bit((draw(N, K) / K**0.5).to(self.dtype)), self.dtype)
-        self.a, self.b = draw(r, K) / K**0.5, draw(N, r) / r**0.5
-        for leaf in (self.x, self.a, self.b):
-            leaf.requires_grad_()
-
-    def step(self, linear):
-        leaves = self.x, self.a, self.b
-        y = linear(*leaves)
-        return y, *torch.autograd.grad(y, leaves, self.dy)
-
-    def floor(self):
-        """The base layer alone, dense and frozen."""
-        return torch.autograd.grad(F.linear(self.x, self.weight), self.x, self.dy)
+        self.x = draw(M, K).to(dtype).requires_grad_()
+        self.weight = dequantize_4bit(quantize_4bit((draw(N, K) / K**0.5).to(dtype), "nf4"), dtype)
+        self.lora_a = (draw(r, K) / K**0.5).requires_grad_()
+        self.lora_b = (draw(N, r) / r**0.5).requires_grad_()
+        self.upstream = draw(M, N).to(dtype)
 
     def truth(self):
-        """The same step in float64: y, dx, dA and dB."""
-        x, a, b, dy = (t.detach().double() for t in (self.x, self.a, self.b, self.dy))
-        weight, h, g = self.weight.double(), x @ a.T, dy @ b
-        return (
-            x @ weight.T + SCALING * h @ b.T,
-            dy @ weight + SCALING * g @ a,
-            SCALING * g.T @ x,
-            SCALING * dy.T @ h,
+        """y and the gradients of x, lora_a, lora_b in float64."""
+        x, w, a, b, dy = (
+            t.detach().double() for t in (self.x, self.weight, self.lora_a, self.lora_b, self.upstream)
         )
+        h, g = x @ a.T, dy @ b
+        return x @ w.T + SCALING * h @ b.T, dy @ w + SCALING * g @ a, SCALING * g.T @ x, SCALING * dy.T @ h
 
 
 @pytest.fixture(scope="module", params=cases.lora_linear(DEVICE), ids=str)
@@ -87,24 +110,31 @@ def case(request):
 
 def test_lora_linear(compare, case):
     problem = Problem(case)
-    truth = [t.float() for t in problem.truth()]
-    M, K, N, r = (case.shape[name] for name in "MKNr")
-
-    def verify(result):
-        names = "y", "dx", "dA", "dB"
-        return {
-            f"{name} error": Error(((got - t).norm() / t.norm()).item(), LIMITS[case.dtype])
-            for name, got, t in zip(names, result, truth, strict=True)
-        }
+    M, K, N, r = (case.shape[name] for name in ("M", "K", "N", "r"))
+    truth, limits = problem.truth(), LIMITS[case.dtype]
 
     def call(load):
-        linear = load(problem.weight)
-        return [lambda: problem.step(linear)]
+        linear, lora_a, lora_b = load(problem)
 
-    values = problem.x.element_size()
+        def step():
+            y = linear(problem.x)
+            return y, *torch.autograd.grad(y, (problem.x, lora_a, lora_b), problem.upstream)
+
+        return [step]
+
+    def verify(result):
+        names = ("error", "dx error", "dA error", "dB error")
+        return {
+            name: distance(got, want, limits[index > 0])
+            for index, (name, got, want) in enumerate(zip(names, result, truth, strict=True))
+        }
+
+    def dense():
+        return torch.autograd.grad(F.linear(problem.x, problem.weight), problem.x, problem.upstream)
+
+    size = problem.x.element_size()
     compare(
-        case, "forward + backward", peers=PEERS, call=call, verify=verify,
-        floor=("dense, frozen, no adapter", problem.floor),
-        flops=4 * M * N * K + 2 * M * r * (3 * N + 3 * K),
-        nbytes=2 * (N * K // 2 + 4 * N * K // 64) + values * 2 * M * (N + K) + 2 * 4 * r * (N + K),
+        case, "forward + backward", peers=PEERS, call=call, verify=verify, floor=("dense linear", dense),
+        flops=4 * M * N * K + 2 * M * r * (3 * N + 4 * K),
+        nbytes=2 * (N * K // 2 + N * K // 16) + size * M * (3 * K + 2 * N) + 8 * r * (N + K),
     )  # fmt: skip

@@ -99,25 +99,6 @@ def matmul_4bit(device):
     return [case for model in ("Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3.1-8B") for case in linears(model, rows)]
 
 
-def lora_linear(device):
-    """Frozen linears of models' feed-forward blocks with an adapter: M rows, K inputs, N outputs, rank r."""
-
-    def linears(model, rows, r, names=("up", "down")):
-        hidden, ffn = MODELS[model].hidden, MODELS[model].ffn
-        dtype = "bfloat16" if device == "cuda" else "float32"
-        shapes = {"up": (hidden, ffn), "down": (ffn, hidden)}
-        for name in names:
-            K, N = shapes[name]
-            for M in rows:
-                sizes = {"M": M, "K": K, "N": N, "r": r}
-                yield Case(f"{model} {name}, rank {r}, {M} rows", dtype, sizes)
-
-    if device == "cpu":
-        return [*linears("SmolLM2-135M", (64, 512), 16)]
-    rows = (512, 2048, 8192)
-    return [*linears("Qwen2.5-1.5B", rows, 64), *linears("Llama-3.1-8B", rows, 16, names=("up",))]
-
-
 def dequantize(device):
     """Weights (N, K) of models' feed-forward blocks."""
     models = ("SmolLM2-135M",) if device == "cpu" else ("Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3.1-8B")
@@ -125,3 +106,128 @@ def dequantize(device):
     return [
         Case(f"{model} up", dtype, {"N": MODELS[model].ffn, "K": MODELS[model].hidden}) for model in models
     ]
+
+
+def lora_linear(device):
+    """Linears with adapters of rank r: M rows, K inputs, N outputs."""
+
+    def linear(model, name, r, rows):
+        K, N = MODELS[model].hidden, MODELS[model].ffn
+        K, N = (K, N) if name == "up" else (N, K)
+        dtype = "bfloat16" if device == "cuda" else "float32"
+        return [
+            Case(f"{model} {name}, r={r}, {M} rows", dtype, {"M": M, "K": K, "N": N, "r": r}) for M in rows
+        ]
+
+    if device == "cpu":
+        return linear("SmolLM2-135M", "up", 16, (256,))
+    rows = (512, 2048, 8192)
+    return [
+        *linear("Qwen2.5-1.5B", "up", 64, rows),
+        *linear("Qwen2.5-1.5B", "down", 64, rows),
+        *linear("Llama-3.1-8B", "up", 16, rows),
+    ]
+
+
+def tree_attention(device):
+    """Packed trees: a prefix of ``prefix`` tokens and ``branches`` of ``length`` tokens, of H / KVH heads of D."""
+
+    def tree(model, branches, length, prefix=0):
+        m = MODELS[model]
+        sizes = {"prefix": prefix, "branches": branches, "length": length}
+        name = f"{prefix} + " * (prefix > 0) + f"{branches} x {length} tokens, {model} heads"
+        heads = {"H": m.heads, "KVH": m.kv_heads, "D": m.head_dim}
+        return Case(name, "bfloat16" if device == "cuda" else "float32", sizes | heads)
+
+    if device == "cpu":
+        return [tree("SmolLM2-135M", 4, 64), tree("SmolLM2-135M", 4, 32, prefix=48)]
+    return [
+        tree(model, *sizes)
+        for model in ("Qwen2.5-1.5B", "Llama-3.1-8B")
+        for sizes in ((8, 328), (8, 1152), (8, 200, 128), (16, 512, 1024))
+    ]
+
+
+def paged_attention(device):
+    """Decode steps of S sequences with C tokens of context, the first ``shared`` of which are stored once."""
+
+    def step(model, S, C, shared=0):
+        m = MODELS[model]
+        sizes = {"S": S, "C": C, "shared": shared, "H": m.heads, "KVH": m.kv_heads, "D": m.head_dim}
+        name = f"{model}, {S} sequences of {C} tokens" + f", {shared} shared" * (shared > 0)
+        return Case(name, "bfloat16" if device == "cuda" else "float32", sizes)
+
+    if device == "cpu":
+        return [step("SmolLM2-135M", 8, 128), step("SmolLM2-135M", 8, 512, shared=256)]
+    contexts = (128, 328, 1152, 4096)
+    steps = [step("Qwen2.5-1.5B", S, C) for S in (8, 64, 256) for C in contexts]
+    return [*steps, step("Qwen2.5-1.5B", 64, 2304, shared=2048), step("Qwen2.5-1.5B", 64, 2304)]
+
+
+def small_kernels(device):
+    """What stands between the products of a layer and after the head: T tokens of a model, B draws."""
+    model = "SmolLM2-135M" if device == "cpu" else "Qwen2.5-1.5B"
+    rows = (64,) if device == "cpu" else (DECODE_ROWS, 8 * 328, 8 * 1152)
+    dtype, m = "bfloat16" if device == "cuda" else "float32", MODELS[model]
+    heads = {"H": m.heads, "KVH": m.kv_heads, "head_dim": m.head_dim}
+    return [
+        Case(f"{model}, {T} tokens", dtype, {"T": T, "D": m.hidden, "F": m.ffn, "V": m.vocab, **heads})
+        for T in rows
+    ]
+
+
+def decoder_layer(device):
+    """One layer under LoRA of rank r and recomputation: ``sequences`` of ``length`` tokens, packed."""
+    model, r, sizes = (
+        ("tiny-qwen2", 8, ((2, 24),)) if device == "cpu" else ("Qwen2.5-1.5B", 64, ((8, 328), (8, 1152)))
+    )
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    return [
+        Case(f"{model} layer, {S} x {L} tokens", dtype, {"sequences": S, "length": L, "r": r})
+        for S, L in sizes
+    ]
+
+
+class Rollout(NamedTuple):
+    """What generation and whole steps run on: a shape's name, its 4-bit format, its rank (0: no LoRA), sizes."""
+
+    model: str
+    quantize: str | None
+    r: int
+    sizes: dict
+
+    def __str__(self):
+        adapters = f" + LoRA r={self.r}" * (self.r > 0)
+        return f"{self.model}, {self.quantize or 'dense'}{adapters}"
+
+    def case(self, device, text):
+        """The ``Case`` under which it is recorded; ``text`` may name sizes."""
+        dtype = "bfloat16" if device == "cuda" else "float32"
+        return Case(f"{self}, {text.format(**self.sizes)}", dtype, {**self.sizes, "r": self.r})
+
+
+def generate(device):
+    """Groups of 8 completions; B in all."""
+    if device == "cpu":
+        sizes = {"B": 8, "group": 8, "prompt": 16, "completion": 8}
+        return [Rollout("tiny-qwen2", "nf4", 8, sizes), Rollout("tiny-qwen2", None, 0, sizes)]
+    return [
+        Rollout("Qwen2.5-1.5B", quantize, r, {"B": B, "group": 8, "prompt": 128, "completion": C})
+        for quantize, r in (("nf4", 64), ("nf4", 0), (None, 0))
+        for B, C in ((8, 200), (64, 200), (256, 200), (8, 1024))
+    ]
+
+
+def step(device):
+    """Whole GRPO steps of one group of 8 completions, under a limit of the whole card in MiB (0: none)."""
+    if device == "cpu":
+        return [Rollout("tiny-qwen2", "nf4", 8, {"group": 4, "completion": 8, "limit": 0})]
+    return [
+        Rollout("Qwen2.5-1.5B", "nf4", 64, {"group": 8, "completion": C, "limit": limit})
+        for C, limit in ((200, 2253), (1024, 2765))
+    ]
+
+
+def cold_start(device):
+    """Models that are loaded from disk."""
+    return ["tiny-qwen2"] if device == "cpu" else ["Qwen2.5-1.5B"]

@@ -7,6 +7,8 @@ is not timed, and the record says why.
 import gc
 import importlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec, module_from_spec
@@ -38,6 +40,11 @@ class Error(NamedTuple):
     limit: float
 
 
+def distance(got, truth, limit):
+    """The ``Error`` of a whole tensor: its distance from the float64 truth over the truth's norm."""
+    return Error(((got.double() - truth).norm() / truth.norm()).item(), limit)
+
+
 def import_alone(name):
     """Import ``package.module`` of an installed package without running the ``__init__`` of its parents.
 
@@ -51,6 +58,17 @@ def import_alone(name):
     return importlib.import_module(name)
 
 
+def in_process(file, *arguments):
+    """Run a benchmark's file as a script of its own; the JSON lines that it prints. RuntimeError where it fails."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    command = [sys.executable, file, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or f"exit code {done.returncode}").split("\n")[-1])
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
 def absent(peer, device):
     """Why this peer cannot run here, or None."""
     if peer.distribution and installed(peer.distribution) is None:
@@ -58,7 +76,10 @@ def absent(peer, device):
     return "needs CUDA" if peer.cuda_only and device != "cuda" else None
 
 
-def compare(case, mode, device, *, peers, call, verify, flops, nbytes, floor=None, graph=False, drive=None):
+def compare(
+    case, mode, device, *, peers, call, verify, flops, nbytes, floor=None, graph=False, drive=None,
+    work=None, facts=None, rounds=None,
+):  # fmt: skip
     """Measure one case; the record that ``store`` keeps and ``render`` shows.
 
     Args:
@@ -72,6 +93,9 @@ def compare(case, mode, device, *, peers, call, verify, flops, nbytes, floor=Non
         floor: (name, callable): what the operation cannot beat, raced with the others.
         graph: replay CUDA graphs instead of launching.
         drive: see ``Race.run``.
+        work: (unit, amount) that one callable does, shown as a rate: ("tokens", 1600).
+        facts: facts(contenders so far) -> {name: number, or {part: number}}, what else is worth keeping of ours.
+        rounds: arguments of ``Race.run`` for calls of seconds: {"warmup": 1, "fewest": 3}.
     """
     results, laps = {}, {}
     if floor is not None:
@@ -97,9 +121,13 @@ def compare(case, mode, device, *, peers, call, verify, flops, nbytes, floor=Non
         gc.collect()
     ours = results[peers[0].name]
     assert "failed" not in ours, f"{peers[0].name}, {case}, {mode}: {ours['failed']}"
-    for name, times in Race(device, laps, graph=graph).run(seconds=SECONDS, drive=drive).items():
+    for name, times in (
+        Race(device, laps, graph=graph).run(seconds=SECONDS, drive=drive, **rounds or {}).items()
+    ):
         results.setdefault(name, {}).update(times)
-    return {
+    more = {} if work is None else {"work": list(work)}
+    more |= {} if facts is None else {"facts": facts(results)}
+    return more | {
         "case": case.name, "mode": mode, "dtype": case.dtype, "shape": case.shape, "flops": flops, "bytes": nbytes,
         "floor": floor and floor[0], "ours": peers[0].name, "contenders": results,
     }  # fmt: skip

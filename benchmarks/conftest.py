@@ -29,7 +29,18 @@ def environment(pytestconfig):
 
 
 @pytest.fixture
-def compare(benchmark, environment, request):
+def record(environment, request):
+    """Stores a record of ``comparison.compare``'s form."""
+
+    def store(record):
+        comparison.store(request.path.stem.removeprefix("bench_"), environment, record)
+        request.config.stash[STORED].append(record | {"environment": environment})
+
+    return store
+
+
+@pytest.fixture
+def compare(benchmark, record):
     """``comparison.compare`` whose rounds pytest-benchmark drives and whose record is stored.
 
     pytest-benchmark's own figure is the host time of one round of all contenders; the figures of each contender are
@@ -38,11 +49,9 @@ def compare(benchmark, environment, request):
 
     def run(case, mode, **arguments):
         drive = lambda round, count: benchmark.pedantic(round, rounds=count)
-        record = comparison.compare(case, mode, DEVICE, drive=drive, **arguments)
-        benchmark.extra_info.update(record)
-        operation = request.path.stem.removeprefix("bench_")
-        comparison.store(operation, environment, record)
-        request.config.stash[STORED].append(record | {"environment": environment})
+        found = comparison.compare(case, mode, DEVICE, drive=drive, **arguments)
+        benchmark.extra_info.update(found)
+        record(found)
 
     return run
 

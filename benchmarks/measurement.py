@@ -145,6 +145,20 @@ def highest(changes):
     return top
 
 
+def kernel_times(call):
+    """What ``call()`` runs on the GPU: {kernel: (microseconds, launches)}, those in CUDA graphs included."""
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    times = {}
+    for event in profiler.key_averages():
+        if event.self_device_time_total > 0:
+            before = times.get(event.key[:60], (0.0, 0))
+            times[event.key[:60]] = before[0] + event.self_device_time_total, before[1] + event.count
+    return times
+
+
 def roofs(device):
     """What this machine reaches now: a large matmul (FLOP/s) and a copy and a read past every cache (bytes/s)."""
     n, dtype, size = (8192, torch.bfloat16, 2**30) if device == "cuda" else (1024, torch.float32, 2**27)

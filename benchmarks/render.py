@@ -35,8 +35,9 @@ def timed(record):
 
 
 def best_peer(record):
-    """(name, result) of the fastest contender that is neither ours nor the floor, or None."""
-    peers = [item for item in timed(record).items() if item[0] not in (record["ours"], record["floor"])]
+    """(name, result) of the fastest contender that is neither ours, in any variant, nor the floor, or None."""
+    theirs = lambda name: name != record["floor"] and name.split(",")[0] != record["ours"]
+    peers = [item for item in timed(record).items() if theirs(item[0])]
     return min(peers, key=lambda item: item[1]["ms"], default=None)
 
 
@@ -85,28 +86,55 @@ def overview(records):
     )  # fmt: skip
 
 
+def facts_of(record):
+    """What else was measured of ours: a line of numbers, and a table, largest first, of each that comes in parts."""
+    facts = record.get("facts", {})
+    plain = [f"{name} {number(value)}" for name, value in facts.items() if not isinstance(value, dict)]
+    out = [f"Ours: {', '.join(plain)}.\n"] if plain else []
+    for name, parts in facts.items():
+        if isinstance(parts, dict):
+            largest = sorted(parts.items(), key=lambda item: -item[1])
+            out.append(table([name, "", "share"], [
+                [part.replace("|", "\\|"), number(value), f"{value / (sum(parts.values()) or 1):.0%}"]
+                for part, value in largest
+            ]))  # fmt: skip
+    return out
+
+
 def detail(record):
     """Every contender of one record, the fastest first, then those that did not run and why."""
     contenders, best = timed(record), best_peer(record)
     floor = contenders.get(record["floor"])
     errors = list(contenders[record["ours"]]["errors"])
     over = lambda result, other: f"{result['ms'] / other['ms']:.2f}" if other else "-"
+    unit, amount = record.get("work", (None, 0))
     rows = []
     for name, result in sorted(contenders.items(), key=lambda item: item[1]["ms"]):
         label = f"**{name}**" if name == record["ours"] else f"{name} {result.get('version') or ''}".strip()
         rows.append([
             label, f"{number(result['ms'])} ({number(result['p20'])} to {number(result['p80'])})",
-            over(result, best and best[1]), over(result, floor),
+            number(amount / result["ms"] * 1e3), over(result, best and best[1]), over(result, floor),
             "" if name == record["floor"] else f"{bound(record) / result['ms']:.0%}",
             number(result["extra"] / 2**20) if "extra" in result else "",
             *(f"{result['errors'][error]:.1e}" if "errors" in result else "" for error in errors),
         ])  # fmt: skip
     shape = ", ".join(f"{name} = {size:,}" for name, size in record["shape"].items())
-    header = ["", "ms (p20 to p80)", "÷ best peer", f"÷ {record['floor']}", "roofline", "extra MiB", *errors]
-    if floor is None:
-        header.pop(3)
-        rows = [row[:3] + row[4:] for row in rows]
+    header = [
+        "",
+        "ms (p20 to p80)",
+        f"{unit}/s",
+        "÷ best peer",
+        f"÷ {record['floor']}",
+        "roofline",
+        "extra MiB",
+        *errors,
+    ]
+    for column, unused in ((4, floor is None), (2, unit is None)):
+        if unused:
+            header.pop(column)
+            rows = [row[:column] + row[column + 1 :] for row in rows]
     out = [f"#### {record['case']}, {record['mode']}\n", f"{shape}, {record['dtype']}\n", table(header, rows)]
+    out += facts_of(record)
     failed = [f"{name} ({r['failed']})" for name, r in record["contenders"].items() if "failed" in r]
     return "\n".join(out + ([f"Did not run: {', '.join(failed)}.\n"] if failed else []))
 

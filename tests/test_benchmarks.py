@@ -1,11 +1,11 @@
 """The benchmark harness: what it measures, what it refuses to time, and that BENCHMARKS.md renders its records."""
 
+import importlib
 import json
 import sys
 import time
 
 import bench_linear_logprob as bench
-import bench_lora_linear
 import cases
 import comparison
 import measurement
@@ -257,12 +257,86 @@ def test_ours_is_the_public_operation():
     assert torch.equal(got, fused_linear_logprob(problem.hidden, problem.weight, problem.target_ids).logprobs)
 
 
-def test_the_lora_truth_is_that_of_autograd():
-    case = cases.Case("tiny linear", "float32", {"M": 7, "K": 128, "N": 24, "r": 3})
-    problem = bench_lora_linear.Problem(case)
-    plain = lambda x, a, b: x @ problem.weight.T + bench_lora_linear.SCALING * (x @ a.T) @ b.T
-    ours = bench_lora_linear.PEERS[0].load()(problem.weight)
-    for linear in (plain, ours):
-        for got, truth in zip(problem.step(linear), problem.truth(), strict=True):
-            assert (got - truth).norm() <= 1e-5 * truth.norm()
-    assert torch.equal(problem.floor()[0], problem.dy @ problem.weight)
+MORE = {
+    "lora_linear": ("PEFT + bitsandbytes",),
+    "tree_attention": ("torch SDPA with a mask", "ours, prefix repeated"),
+    "paged_attention": ("torch SDPA, contiguous keys", "ours, storing the last token"),
+}
+SMALL = {
+    "lora_linear": cases.Case("tiny linear", "float32", {"M": 20, "K": 64, "N": 128, "r": 4}),
+    "tree_attention": cases.Case(
+        "tiny tree", "float32",
+        {"prefix": 5, "branches": 3, "length": 7, "H": 4, "KVH": 2, "D": 16},
+    ),
+    "paged_attention": cases.Case(
+        "tiny cache", "float32", {"S": 3, "C": 37, "shared": 16, "H": 4, "KVH": 2, "D": 16}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", SMALL)
+def test_each_new_adapter_agrees_with_the_truth(operation):
+    """The benchmark itself, at a tiny shape: every contender that can run here is checked and timed."""
+    module, case = importlib.import_module(f"bench_{operation}"), SMALL[operation]
+    records = []
+    compare = lambda case, mode, **arguments: records.append(
+        comparison.compare(case, mode, "cpu", **arguments)
+    )
+    modes = ({"mode": "forward + backward"},) if operation == "tree_attention" else ({},)
+    for mode in modes:
+        getattr(module, f"test_{operation}")(compare, case, **mode)
+    for record in records:
+        ran = {name for name, result in record["contenders"].items() if "ms" in result}
+        assert {"ours", *MORE[operation]} <= ran, record["contenders"]
+
+
+def test_a_step_of_a_tree_is_counted_by_its_visible_pairs():
+    problem = importlib.import_module("bench_tree_attention").Problem(SMALL["tree_attention"])
+    mask = torch.zeros(26, 26, dtype=torch.bool)
+    for branch in range(3):
+        own = torch.arange(5 + 7 * branch, 12 + 7 * branch)
+        path = torch.cat([torch.arange(5), own])
+        mask[path[:, None], path] = torch.ones(12, 12).tril().bool()
+    assert problem.pairs == mask.sum()
+    token = torch.arange(26)
+    assert torch.equal((token <= token[:, None]) & (token[:, None] < problem.key_end), mask)
+    assert problem.node.tolist()[12:19] == [0, 1, 2, 3, 4, 12, 13]
+
+
+def test_the_peers_model_is_our_policy():
+    """transformers' model of a policy, with its biases and adapters: equal log-probs; without adapters others."""
+    module = importlib.import_module("bench_generate")
+    policy = module.policy_of("tiny-qwen2", None, 4)
+    ids = torch.arange(3, 40)
+    with torch.no_grad():
+        peer = importlib.import_module("peer_models").causal_lm(policy).eval()
+        log_p = peer(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        ours = policy.score(ids, torch.arange(37) > 0)[1:]
+        with policy.disable_adapters():
+            base = policy.score(ids, torch.arange(37) > 0)[1:]
+    assert (log_p - ours).abs().max() < 1e-4 < 1e-2 < (base - ours).abs().max()
+
+
+def test_rates_and_facts_stand_in_the_document(tmp_path):
+    record = compare(
+        Peer("ours", None, constant(1.0)), Peer("ours, other", None, constant(1.0)),
+        work=("tokens", 300), facts=lambda contenders: {"MiB of keys": 12.0, "µs": {"a": 1.0, "b": 3.0}},
+    )  # fmt: skip
+    record["contenders"]["ours"] |= {"ms": 2.0, "p20": 2.0, "p80": 2.0}
+    record["contenders"]["ours, other"] |= {"ms": 1.0, "p20": 1.0, "p80": 1.0}
+    comparison.store("some_op", ENVIRONMENT, record, tmp_path)
+    text = render.render(tmp_path)
+    assert "tokens/s" in text and "150,000" in text
+    assert "Ours: MiB of keys 12.0." in text
+    assert text.index("| b | 3.00 | 75% |") < text.index("| a | 1.00 | 25% |")
+    assert "none ran" in text  # a variant of ours is no peer
+
+
+def test_facts_of_a_step_sum_to_the_whole():
+    module = importlib.import_module("bench_step")
+    step = {f"seconds_{phase}": 0.1 for phase in module.PHASES}
+    step |= {"seconds": 0.7, "completion_tokens": 40, "memory_allocated": 2**20, "memory_reserved": 2**21}
+    found = module.facts([step | {"memory_card": 5 * 2**20}] * 3, 2 * 2**20)
+    assert sum(found["ms of a step"].values()) == pytest.approx(700)
+    assert found["sampled tokens/s"] == pytest.approx(400)
+    assert (found["MiB allocated"], found["MiB reserved"], found["MiB card"]) == (1, 2, 3)
