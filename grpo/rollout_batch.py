@@ -1,6 +1,7 @@
 """What one step learned from: prompts and completions end to end, with everything the loss needs beside them."""
 
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -132,6 +133,8 @@ class RolloutBatch:
     @classmethod
     def load(cls, path):
         """Read what ``save`` wrote; ValueError naming the file if it is damaged or no rollout batch."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"No such file: {path}, expected a rollout batch that a run saved")
         try:
             tensors = load_file(path)
         except SafetensorError as error:
@@ -159,6 +162,11 @@ class RolloutBatch:
             if tensor.shape[:1] != (length,) or tensor.dtype != dtype:
                 got = f"{tensor.dtype} {tuple(tensor.shape)}"
                 raise ValueError(f"{path}: {name} is {got}, expected {dtype} of length {length}")
+        if tokens and self.input_ids.min() < 0:
+            raise ValueError(f"{path}: input_ids holds {int(self.input_ids.min())}, expected none below 0")
+        temperature = self.temperature
+        if temperature.shape != () or not 0 < temperature < torch.inf:
+            raise ValueError(f"{path}: temperature is {temperature.tolist()}, expected a finite number > 0")
         borders = self.cu_seqlens
         if not rows > 0 or borders[0] != 0 or borders[-1] != tokens or (borders.diff() < 2).any():
             raise ValueError(
