@@ -155,9 +155,11 @@ class RolloutBatch:
             "completion_mask": torch.bool,
             "sampler_logprobs": torch.float32,
         }
-        lengths = dict.fromkeys((*PER_TOKEN, *self.per_token), tokens) | dict.fromkeys(PER_SEQUENCE, rows)
-        for name, length in lengths.items():
-            tensor = self.per_token[name] if name in self.per_token else getattr(self, name)
+        lengths = dict.fromkeys(PER_TOKEN, tokens) | dict.fromkeys(PER_SEQUENCE, rows)
+        checked = [(name, getattr(self, name), length) for name, length in lengths.items()]
+        # Names of its own: PPO's advantages are one a token, beside those of the sequences.
+        checked += [(name, tensor, tokens) for name, tensor in self.per_token.items()]
+        for name, tensor, length in checked:
             dtype = expected.get(name, tensor.dtype)
             if tensor.shape[:1] != (length,) or tensor.dtype != dtype:
                 got = f"{tensor.dtype} {tuple(tensor.shape)}"
