@@ -6,11 +6,9 @@ import importlib.util
 import subprocess
 import sys
 import time
-import types
-import typing
 from pathlib import Path
 
-from .config import GRPOConfig
+from .config import GRPOConfig, kind_of
 
 
 def main(argv=None):
@@ -106,9 +104,7 @@ def _names(text):
 
 def _add_flag(parser, field):
     """A flag for a field of ``GRPOConfig``, typed by its annotation; left out, it does not appear in the result."""
-    kind = field.type
-    if isinstance(kind, types.UnionType):
-        kind = next(arg for arg in typing.get_args(kind) if arg is not types.NoneType)
+    kind = kind_of(field)
     help = field.metadata["help"]
     if field.default is not None:
         help += f" (default: {field.default})"
@@ -135,7 +131,10 @@ def _load(arguments):
 
 
 def _numbers(text):
-    return [float(name) for name in _names(text)]
+    try:
+        return [float(name) for name in _names(text)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers, got {text!r}") from error
 
 
 def _replay(arguments):
@@ -151,6 +150,7 @@ def _replay(arguments):
         arguments.aggregates,
     )
     batches = [RolloutBatch.load(path) for path in arguments.batches]
+    Path(arguments.out).mkdir(parents=True, exist_ok=True)  # refused before the work, not after it
     policy = _load(arguments)
     if policy.lora is None:
         policy.add_adapters(LoraConfig())
@@ -215,7 +215,9 @@ def _plan(arguments):
 
     config = GRPOConfig(**_settings(arguments))
     model, prompt_length = describe(config)
-    print("\n".join(plan_report(model, config, arguments.prompt_length or prompt_length, arguments.card)))
+    if arguments.prompt_length is not None:
+        prompt_length = arguments.prompt_length
+    print("\n".join(plan_report(model, config, prompt_length, arguments.card)))
     return 0
 
 

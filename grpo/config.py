@@ -4,6 +4,9 @@ import dataclasses
 import json
 import math
 import os
+import re
+import types
+import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,8 +19,16 @@ from .tasks import TASKS, find_task
 MAX_SEED = 2**31
 
 
+KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+
+
 def setting(default, help):
     return field(default=default, metadata={"help": help})
+
+
+def kind_of(field):
+    """The type of a setting's values: ``int`` for a field annotated ``int | None``."""
+    return next(kind for kind in (typing.get_args(field.type) or (field.type,)) if kind is not types.NoneType)
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,14 @@ class GRPOConfig:
     out: str | None = setting(None, "run folder; default: runs/TASK-seedSEED")
 
     def __post_init__(self):
+        for known in dataclasses.fields(self):
+            value, kind = getattr(self, known.name), kind_of(known)
+            if value is None and known.type is not kind:
+                continue
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ValueError(f"{known.name} must be {KINDS[kind]}, got {value!r}")
+            if kind is float and math.isinf(value):
+                raise ValueError(f"{known.name} must be finite, got {value}")
         task = find_task(self.task)
         for name in ("steps", "rewards", "max_completion_length"):
             if getattr(self, name) is None:
@@ -122,13 +141,6 @@ class GRPOConfig:
         for name in ("estimator", "kl_place"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(algorithm.loss, name))
-        for known in dataclasses.fields(self):
-            value = getattr(self, known.name)
-            whole = known.type in (int, int | None)
-            if whole and type(value) is not int:
-                raise ValueError(f"{known.name} must be an integer, got {value!r}")
-            if isinstance(value, float) and math.isinf(value):
-                raise ValueError(f"{known.name} must be finite, got {value}")
         at_least = {
             "steps": 1,
             "prompts_per_step": 1,
@@ -136,7 +148,6 @@ class GRPOConfig:
             "num_iterations": 1,
             "lora_r": 1,
             "warmup_steps": 0,
-            "min_lr_ratio": 0,
             "kl_coef": 0,
             "dynamic_sampling": 1,
             "overlong_buffer": 0,
@@ -182,7 +193,7 @@ class GRPOConfig:
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("gamma", "gae_lambda"):
+        for name in ("gamma", "gae_lambda", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         if self.overlong_buffer > self.max_completion_length:
@@ -195,7 +206,7 @@ class GRPOConfig:
         self.loss_config()
         if self.quantize not in (None, "nf4", "int4"):
             raise ValueError(f"quantize must be nf4 or int4, got {self.quantize!r}")
-        if self.device is not None and self.device.split(":")[0] not in ("cpu", "cuda"):
+        if self.device is not None and not re.fullmatch(r"(cpu|cuda)(:\d+)?", self.device):
             raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
@@ -233,5 +244,5 @@ class GRPOConfig:
         """Read what ``save`` wrote; ValueError naming the file if it does not parse or has unknown settings."""
         try:
             return cls(**json.loads(Path(path).read_text()))
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is no run configuration: {error}") from error

@@ -266,6 +266,8 @@ def plan_report(model, config, prompt_length, card=None):
     card: a name in ``CARDS``, or GiB as a number or text; ValueError where it is neither. With ``vram_limit`` set in
     the config and no card given, that is the card.
     """
+    if prompt_length < 1:
+        raise ValueError(f"the prompt's length must be at least 1 token, got {prompt_length}")
     cards = CARDS
     if card is None and config.vram_limit is not None:
         card = config.vram_limit
@@ -274,6 +276,8 @@ def plan_report(model, config, prompt_length, card=None):
             cards = {str(card): CARDS[card] if card in CARDS else float(card)}
         except ValueError as error:
             raise ValueError(f"unknown card {card!r}, expected GiB or one of {', '.join(CARDS)}") from error
+        if not 0 < cards[str(card)] < math.inf:
+            raise ValueError(f"a card's memory must be a positive number of GiB, got {card}")
     need = plan_memory(model, config, prompt_length)
     lines = [
         f"prompts of {prompt_length} tokens, completions of {config.max_completion_length}; "

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ..rollout import split_by_budget
-from .loss import kl_reward_penalty, loss_denominator, policy_loss, preset
+from .loss import LossConfig, kl_reward_penalty, loss_denominator, policy_loss, preset
 from .objectives import estimate_advantages
 
 RESAMPLES = 2000
@@ -53,6 +53,9 @@ class Cell:
 
 def grid(losses, estimators, kl_coefs=(0.0,), kl_gradients=(None,), aggregates=(None,)):
     """Every combination as a ``Cell``; without a KL term its gradient makes no difference and is not repeated."""
+    for kl_gradient in kl_gradients:
+        if kl_gradient is not None:
+            LossConfig(kl_gradient=kl_gradient)  # a wrong name is refused even where no KL term would use it
     cells = []
     for loss, estimator, kl_coef, kl_gradient, aggregate in product(
         losses, estimators, kl_coefs, kl_gradients, aggregates
@@ -78,7 +81,9 @@ def replay(policy, batches, cells, *, token_budget=4096, max_completion_length=N
                 f"batch {number} holds token {top}, but {policy.name} has a vocabulary of {vocabulary}"
             )
     longest = max(int(batch.completion_lengths().max()) for batch in batches)
-    configs = [cell.config(max_completion_length or longest) for cell in cells]
+    configs = [
+        cell.config(longest if max_completion_length is None else max_completion_length) for cell in cells
+    ]
     losses, norms, cosines = [], [], []
     for batch in batches:
         loss, gradients = _gradients(policy, batch, cells, configs, token_budget)

@@ -1,6 +1,7 @@
 """What one step learned from: prompts and completions end to end, with everything the loss needs beside them."""
 
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -132,6 +133,8 @@ class RolloutBatch:
     @classmethod
     def load(cls, path):
         """Read what ``save`` wrote; ValueError naming the file if it is damaged or no rollout batch."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"No such file: {path}, expected a rollout batch that a run saved")
         try:
             tensors = load_file(path)
         except SafetensorError as error:
@@ -152,13 +155,20 @@ class RolloutBatch:
             "completion_mask": torch.bool,
             "sampler_logprobs": torch.float32,
         }
-        lengths = dict.fromkeys((*PER_TOKEN, *self.per_token), tokens) | dict.fromkeys(PER_SEQUENCE, rows)
-        for name, length in lengths.items():
-            tensor = self.per_token[name] if name in self.per_token else getattr(self, name)
+        lengths = dict.fromkeys(PER_TOKEN, tokens) | dict.fromkeys(PER_SEQUENCE, rows)
+        checked = [(name, getattr(self, name), length) for name, length in lengths.items()]
+        # Names of its own: PPO's advantages are one a token, beside those of the sequences.
+        checked += [(name, tensor, tokens) for name, tensor in self.per_token.items()]
+        for name, tensor, length in checked:
             dtype = expected.get(name, tensor.dtype)
             if tensor.shape[:1] != (length,) or tensor.dtype != dtype:
                 got = f"{tensor.dtype} {tuple(tensor.shape)}"
                 raise ValueError(f"{path}: {name} is {got}, expected {dtype} of length {length}")
+        if tokens and self.input_ids.min() < 0:
+            raise ValueError(f"{path}: input_ids holds {int(self.input_ids.min())}, expected none below 0")
+        temperature = self.temperature
+        if temperature.shape != () or not 0 < temperature < torch.inf:
+            raise ValueError(f"{path}: temperature is {temperature.tolist()}, expected a finite number > 0")
         borders = self.cu_seqlens
         if not rows > 0 or borders[0] != 0 or borders[-1] != tokens or (borders.diff() < 2).any():
             raise ValueError(

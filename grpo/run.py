@@ -1,5 +1,6 @@
 """A whole training run in its folder: configuration, live table, checkpoints, curves, and the result at the end."""
 
+import contextlib
 import json
 import os
 import re
@@ -43,6 +44,7 @@ class Run:
         self.token_budget = config.token_budget
         self.skipped = 0  # steps in a row
         self.saved = None  # step of the last checkpoint
+        self.fresh = False  # created by this process, without a step so far
 
     @classmethod
     def create(cls, config, say=print, ranks=None):
@@ -50,11 +52,29 @@ class Run:
         run = cls(config, config.out or default_folder(config), say, ranks)
         if run.ranks.main:
             run._claim_folder()
+        run.fresh = True
         run.ranks.gather(None)  # nobody loads a model for a folder that is refused
-        run.trainer = GRPOTrainer(config, ranks=run.ranks)
-        if run.ranks.main:
-            config.save(run.folder / "config.json")
+        with run._discarded_if_refused():
+            run.trainer = GRPOTrainer(config, ranks=run.ranks)
+            if run.ranks.main:
+                config.save(run.folder / "config.json")
         return run
+
+    @contextlib.contextmanager
+    def _discarded_if_refused(self):
+        """Settings that turn out wrong before a new run's first step leave no folder that a second try would meet."""
+        try:
+            yield
+        except (RewardError, ConnectionError):
+            raise
+        except (ValueError, OSError):
+            if self.fresh and self.ranks.main and not list_checkpoints(self.folder / "checkpoints"):
+                for name in ("config.json", "before.json"):
+                    for path in (self.folder / name, self.folder / f"{name}.partial"):
+                        path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty: there is something worth keeping
+                    self.folder.rmdir()
+            raise
 
     def _claim_folder(self):
         folder = self.folder
@@ -91,7 +111,7 @@ class Run:
             )
         history = [m for m in run.history() if m["step"] <= trainer.step_count]
         for metrics in history[::-1]:
-            if not metrics["skipped"]:
+            if not metrics.get("skipped"):
                 break
             run.skipped += 1
         run.ranks.gather(None)  # every rank has read what the first is about to change
@@ -106,11 +126,12 @@ class Run:
     def history(self):
         """The metrics of all steps so far; a last line cut short by a kill is left out."""
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        try:
-            return [json.loads(line) for line in lines if line.endswith("\n")]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        history = [_read_json(path, line) for line in lines if line.endswith(b"\n")]
+        for metrics in history:
+            if not isinstance(metrics, dict) or not isinstance(metrics.get("step"), int):
+                raise ValueError(f"{path} is damaged: {str(metrics)[:60]!r} are no metrics of a step")
+        return history
 
     def train(self):
         """Run to the last step, or until SIGINT or SIGTERM; returns the result, or None if stopped early."""
@@ -120,15 +141,17 @@ class Run:
             f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group_size} completions, "
             f"{config.algorithm}, LoRA r={config.lora_r}, {trainer.policy.dtype} on {trainer.policy.device}"
         )
-        before = self._measure_before()
+        with self._discarded_if_refused():
+            writer = open_tensorboard(self.folder, trainer.step_count) if self._writes_tensorboard() else None
+            before = self._measure_before()
         if before is not None:
             self.say(f"held-out accuracy before: {Accuracy(before['correct'], before['count'])}")
         self.say(table_header())
         handlers = {s: signal.signal(s, self._request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        writer = open_tensorboard(self.folder, trainer.step_count) if self._writes_tensorboard() else None
         try:
-            while trainer.step_count < config.steps and not self.ranks.any(self.stop_requested):
-                self._step(writer)
+            with self._discarded_if_refused():
+                while trainer.step_count < config.steps and not self.ranks.any(self.stop_requested):
+                    self._step(writer)
             self._save()
         except (RewardError, ConnectionError) as error:
             # Both come before the step has changed anything.
@@ -162,6 +185,7 @@ class Run:
         with shown_progress(sys.stderr if self.ranks.main else None, trainer.progress):
             metrics = trainer.step()
         metrics["seconds"] = time.perf_counter() - start
+        self.fresh = False
         if self.ranks.main:
             try:
                 if self.config.save_batches:
@@ -253,7 +277,7 @@ class Run:
         if self.config.random_weights is not None:
             return None
         path = self.folder / "before.json"
-        [known, *_] = self.ranks.gather(json.loads(path.read_text()) if path.exists() else None)
+        [known, *_] = self.ranks.gather(_read_json(path, path.read_bytes()) if path.exists() else None)
         if known is None:
             with self.trainer.policy.disable_adapters():
                 known = self._evaluate()
@@ -317,6 +341,13 @@ def _peak_memory(history):
     if "memory_allocated" in history[-1]:
         return "GPU memory", max(m["memory_allocated"] for m in history)
     return "memory", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _read_json(path, data):
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _write_whole(path, text):

@@ -31,6 +31,7 @@ import torch
 import triton
 
 from . import _runtime
+from .dispatch import route
 from .tree_plan import launch_plan, plan_sizes, slots_of
 from .tree_tiles import _dkv_kernel, _dq_kernel, _forward_kernel, _merge_kernel
 
@@ -228,17 +229,10 @@ _backward_op = _runtime.register(
 )
 
 
-def _route(op, triton_impl, torch_impl, device):
-    """The launcher itself where nothing traces: the dispatcher costs as much as a kernel over a few tokens."""
-    if torch.compiler.is_compiling() or device.type not in ("cpu", "cuda"):
-        return op
-    return triton_impl if device.type == "cuda" or _runtime.INTERPRET else torch_impl
-
-
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, key_end, blocks, items, scale):
-        forward = _route(_forward_op, _forward_triton, _forward_torch, q.device)
+        forward = route(_forward_op, _forward_triton, _forward_torch, q.device)
         out, lse = forward(q, k, v, key_end, blocks, scale)
         ctx.save_for_backward(q, k, v, key_end, blocks, items, out, lse)
         ctx.scale = scale
@@ -248,7 +242,7 @@ class _TreeAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         q, *others = ctx.saved_tensors
-        backward = _route(_backward_op, _backward_triton, _backward_torch, q.device)
+        backward = route(_backward_op, _backward_triton, _backward_torch, q.device)
         dq, grads = backward(dout, q, *others, ctx.scale)
         return dq, grads[0], grads[1], None, None, None, None
 
@@ -296,7 +290,7 @@ def tree_plan(q, k, key_end):
         least, most = key_end.min().item(), key_end.max().item()
         if least < 0 or most > len(q):
             raise ValueError(f"key_end is within {least}..{most}, expected 0..{len(q)}")
-    make = _route(_plan_op, _tree_plan_triton, _tree_plan_torch, q.device)
+    make = route(_plan_op, _tree_plan_triton, _tree_plan_torch, q.device)
     return make(key_end, q.shape[1], k.shape[1], q.shape[2], q.dtype)
 
 

@@ -145,7 +145,10 @@ class _Folder:
     def __init__(self, path):
         settings = _read_json(path / "config.json")
         _check_quantization(settings.get("quantization_config"), path)
-        self.config = ModelConfig.from_hf(settings)
+        try:
+            self.config = ModelConfig.from_hf(settings)
+        except (TypeError, AttributeError, ZeroDivisionError) as error:
+            raise ValueError(f"{path}/config.json has a setting of an unexpected type: {error}") from error
         headers = {file: _safetensors_header(file) for file in _weight_files(path)}
         self._files = {name: file for file, header in headers.items() for name in header}
         self._packed = {
@@ -283,7 +286,10 @@ def _weight_files(path):
     index = path / "model.safetensors.index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{path} has no weights, expected {FOLDER_LAYOUT}")
-    shards = sorted(set(_read_json(index)["weight_map"].values()))
+    files = _read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f"{index} has no 'weight_map' of tensors to files")
+    shards = sorted(set(files.values()))
     missing = [name for name in shards if not (path / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{path} misses {len(missing)} of {len(shards)} shards: {_first(missing)}")
@@ -314,9 +320,12 @@ def _read_json(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, expected a folder with {FOLDER_LAYOUT}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a JSON {type(settings).__name__}, expected an object")
+    return settings
 
 
 def _first(names, count=4):

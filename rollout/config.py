@@ -14,6 +14,10 @@ HF_ARCHITECTURES = {
 }
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 WINDOWED = ("qwen2", "qwen3")  # a sliding window in the settings counts only where use_sliding_window is set
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
 LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -51,9 +55,10 @@ class ModelConfig:
             raise ValueError(
                 f"got architecture {self.architecture!r}, expected {_listed(HF_ARCHITECTURES.values())}"
             )
-        sizes = (self.vocab_size, self.hidden_size, self.intermediate_size, self.num_hidden_layers)
-        if min(*sizes, self.num_attention_heads, self.num_key_value_heads, self.head_dim) < 1:
-            raise ValueError(f"every size of a model must be at least 1, got {self}")
+        for name in SIZES:
+            size = getattr(self, name)
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name} of a model must be an integer of at least 1, got {size!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "

@@ -61,7 +61,10 @@ class GGUFFile:
             magic = file.read(4)
         if magic != b"GGUF":
             raise ValueError(f"{self.path} is not a GGUF file: it starts with {magic!r}, expected b'GGUF'")
-        reader = _Reader(self.path)
+        try:
+            reader = _Reader(self.path)
+        except ValueError as error:  # the package's own do not name the file
+            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
         self.metadata = {name: entry.contents() for name, entry in reader.fields.items()}
         self._tensors = {hf_name(tensor.name): tensor for tensor in reader.tensors}
         self._rope_freqs = self._tensors.pop(ROPE_FREQS, None)

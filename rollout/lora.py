@@ -6,6 +6,8 @@ block on the diagonal, which is the same function.
 """
 
 import json
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..kernels.lora_linear import MAX_RANK
 from .checkpoint import FUSED
 from .linear import LINEARS
 
@@ -26,11 +29,11 @@ class LoraConfig:
     targets: tuple[str, ...] = LINEARS
 
     def __post_init__(self):
-        if self.r < 1:
-            raise ValueError(f"LoRA r must be at least 1, got {self.r}")
-        if not self.alpha > 0:
-            raise ValueError(f"LoRA alpha must be positive, got {self.alpha}")
-        unknown = sorted(set(self.targets) - set(LINEARS))
+        if not isinstance(self.r, int) or not 1 <= self.r <= MAX_RANK:
+            raise ValueError(f"LoRA r must be an integer from 1 to {MAX_RANK}, got {self.r!r}")
+        if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < math.inf:
+            raise ValueError(f"LoRA alpha must be positive and finite, got {self.alpha!r}")
+        unknown = [target for target in self.targets if target not in LINEARS]
         if unknown or not self.targets:
             raise ValueError(f"LoRA targets must be some of {', '.join(LINEARS)}; got {unknown or 'none'}")
 
@@ -55,7 +58,10 @@ def check_targets(lora, architecture):
 
 
 def write_adapter(folder, lora, tensors, *, base, architecture):
-    """tensors: PEFT's names of the separate projections to CPU tensors; base: name of the base model."""
+    """tensors: PEFT's names of the separate projections to CPU tensors; base: name of the base model.
+
+    Raises OSError where the folder cannot be written or the disk is full.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     targets, ranks, alphas = list(lora.targets), {}, {}
@@ -65,7 +71,6 @@ def write_adapter(folder, lora, tensors, *, base, architecture):
         tensors = _fuse(tensors, whole, parts)
         targets = [target for target in targets if target not in parts] + [whole]
         ranks[whole], alphas[whole] = lora.r * len(parts), lora.alpha * len(parts)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -80,7 +85,18 @@ def write_adapter(folder, lora, tensors, *, base, architecture):
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
+    # Whole or not at all: a full disk leaves what was there before.
+    files = [folder / name for name in ("adapter_model.safetensors", "adapter_config.json")]
+    partial = [path.with_name(path.name + ".partial") for path in files]
+    try:
+        save_file(tensors, partial[0], metadata={"format": "pt"})
+        partial[1].write_text(json.dumps(description, indent=2) + "\n")
+        for written, path in zip(partial, files, strict=True):
+            os.replace(written, path)
+    except (OSError, SafetensorError) as error:
+        for path in partial:
+            path.unlink(missing_ok=True)
+        raise OSError(f"adapter {folder} could not be written: {error}") from error
 
 
 def read_adapter(folder, shapes, *, architecture):
@@ -97,7 +113,7 @@ def read_adapter(folder, shapes, *, architecture):
         r, alpha, targets = (description[key] for key in ("r", "lora_alpha", "target_modules"))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}/adapter_config.json is no LoRA configuration: {error!r}") from error
-    if isinstance(targets, str):
+    if not isinstance(targets, list):
         raise ValueError(f"{folder} has target_modules {targets!r}, expected a list of names")
     fused = {whole: parts for whole, parts in fused_projections(architecture).items() if whole in targets}
     stacked = {
@@ -118,7 +134,10 @@ def read_adapter(folder, shapes, *, architecture):
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{folder}: the adapter of {whole} does not fit this model: {error}") from error
         targets = [target for target in targets if target != whole] + list(parts)
-    return LoraConfig(r=r, alpha=alpha, targets=tuple(targets)), tensors
+    try:
+        return LoraConfig(r=r, alpha=alpha, targets=tuple(targets)), tensors
+    except ValueError as error:
+        raise ValueError(f"{folder}/adapter_config.json: {error}") from error
 
 
 def _fuse(tensors, whole, parts):

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..kernels import rms_norm, rotary, swiglu
-from .linear import LINEARS as LINEARS
 from .linear import STACKS, StackedLinear, share_stacks
 from .recompute import PinnedStore, recompute
 

@@ -1,7 +1,11 @@
 """A policy: weights, tokenizer and adapters, with the log-probabilities that training and scoring need."""
 
 import contextlib
+<<<<<<< HEAD
 import functools
+=======
+import re
+>>>>>>> wip/reviewuser
 
 import torch
 
@@ -45,16 +49,11 @@ class Policy:
         """
         if quantize not in (None, "nf4", "int4"):
             raise ValueError(f'quantize must be "nf4", "int4" or None, got {quantize!r}')
-        try:
-            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except RuntimeError as error:
-            raise ValueError(f"device must be cpu or cuda, got {device!r}") from error
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {device} was asked for, and torch sees no CUDA GPU")
+        device = choose_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         checkpoint = open_checkpoint(resolve_checkpoint(name_or_path))
         placed = (
-            (name, _place(name, tensor, quantize if _is_linear(name) else None, device, dtype))
+            (name, _place(name, tensor, quantize if is_linear(name) else None, device, dtype))
             for name, tensor in checkpoint.tensors(keep_4bit=quantize is not None)
         )
         weights = dict(stack_weights(placed))
@@ -212,7 +211,23 @@ class Policy:
                 raise ValueError(f"{source}: {name} has shape {got}, expected {expected}")
 
 
-def _is_linear(name):
+def choose_device(name=None):
+    """The ``torch.device`` called ``name``, default CUDA where there is one; ValueError for one that is not there."""
+    name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
+        raise ValueError(f"device must be cpu or cuda, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for, and torch sees no CUDA GPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device} was asked for, and torch sees {torch.cuda.device_count()} CUDA GPUs"
+        )
+    return device
+
+
+def is_linear(name):
+    """Whether the tensor of this Hugging Face name is the weight of a linear that may be quantised or adapted."""
     return name.rsplit(".", 2)[-2] in LINEARS and name.endswith(".weight")
 
 

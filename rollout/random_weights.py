@@ -12,10 +12,10 @@ import torch
 from ..kernels import quantize_4bit
 from .checkpoint import expected_tensors, open_checkpoint, resolve_checkpoint
 from .config import ModelConfig
-from .linear import LINEARS, stack_weights
+from .linear import stack_weights
 from .lora import DEFAULT_LORA
 from .model import Transformer
-from .policy import Policy
+from .policy import Policy, choose_device, is_linear
 
 STD = 0.02
 
@@ -90,9 +90,7 @@ def random_policy(name, quantize=None, lora=DEFAULT_LORA, device=None, dtype=Non
     if quantize not in (None, "nf4", "int4"):
         raise ValueError(f'quantize must be "nf4", "int4" or None, got {quantize!r}')
     name, config = find_shape(name)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device} was asked for, and torch sees no CUDA GPU")
+    device = choose_device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokenizer = open_checkpoint(resolve_checkpoint()).tokenizer
     config = replace(config, bos_token_id=tokenizer.bos_token_id, eos_token_ids=tokenizer.eos_token_ids)
@@ -104,8 +102,7 @@ def random_policy(name, quantize=None, lora=DEFAULT_LORA, device=None, dtype=Non
                 yield tensor_name, torch.ones(shape, device=device, dtype=dtype)
                 continue
             tensor = torch.empty(shape, device=device, dtype=dtype).normal_(std=STD, generator=generator)
-            is_linear = tensor_name.rsplit(".", 2)[-2] in LINEARS and tensor_name.endswith(".weight")
-            if quantize is not None and is_linear:
+            if quantize is not None and is_linear(tensor_name):
                 tensor = quantize_4bit(tensor, quantize, 32 if quantize == "int4" else 64, name=tensor_name)
             yield tensor_name, tensor
 

@@ -1,8 +1,8 @@
 """From logits to tokens: filters, counter-based noise, and the log-probability of what was drawn."""
 
+import math
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from ..kernels import sample_tokens
@@ -35,7 +35,7 @@ class SamplingParams:
         rules = {
             "max_tokens must be at least 1": self.max_tokens >= 1,
             "min_tokens must be between 0 and max_tokens": 0 <= self.min_tokens <= self.max_tokens,
-            "temperature must be >= 0": self.temperature >= 0,
+            "temperature must be >= 0 and finite": 0 <= self.temperature < math.inf,
             "top_k must be >= 0 (0: off)": self.top_k >= 0,
             "top_p must be in (0, 1]": 0 < self.top_p <= 1,
             "min_p must be in [0, 1]": 0 <= self.min_p <= 1,
@@ -50,31 +50,6 @@ class SamplingParams:
     def filters(self):
         """Whether sampling is cut to part of the vocabulary."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
-
-_MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
-
-
-def _mix(x):
-    """The finaliser of SplitMix64 (Steele et al., OOPSLA 2014) on uint64 arrays."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def counter_uniform(seed, prompt_index, group_index, position):
-    """Float64 uniforms in (0, 1) keyed by (seed, prompt, member of the group, position): arrays that broadcast.
-
-    A draw depends on its key alone, so a completion does not depend on batch, order or preemption, and no two
-    members of a group share noise. The specification of the noise; ``sample_tokens`` makes the same from its keys.
-    """
-    with np.errstate(over="ignore"):
-        state = np.uint64(seed & int(_MASK))
-        for key in (prompt_index, group_index, position):
-            counter = np.asarray(key, dtype=np.uint64) + np.uint64(1)
-            state = _mix(state + np.uint64(0x9E3779B97F4A7C15) * counter)
-        # 52 bits: with 53 the half would be rounded, and the largest draw to 1.
-        return ((_mix(state) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def adjust_logits(logits, params, *, seen=None, bias=None):
@@ -110,7 +85,7 @@ def sample(logits, rows, noise, params, *, seen=None, bias=None, banned=None):
         logits: (R, V) float32, as the model gives them.
         rows: (B,) int64, the row of logits that each draw is from.
         noise: (seed (1,), prompt index, group index, position), the latter (B,), all int64; or the uniforms (B,)
-            float64 that ``counter_uniform`` makes of them.
+            float64 that the kernels' ``counter_uniform`` makes of them.
         params: ``SamplingParams``.
         seen: (R, V) bool, the tokens so far of each row, for the repetition penalty.
         bias: (V,) float32, added to the logits (``logit_bias``), or None.

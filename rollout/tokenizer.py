@@ -139,6 +139,12 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise ValueError(f"expected text as a str, got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text is no UTF-8: {text[error.start : error.end]!a} at {error.start}"
+            ) from error
         return self._backend.encode(text, add_special_tokens=add_special).ids
 
     def decode(self, ids, skip_special_tokens=True):

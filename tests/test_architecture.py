@@ -1,8 +1,12 @@
 """The shape of the house: who imports whom, how long files are, and what must not be said in them."""
 
 import ast
+import importlib
+import inspect
+import re
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -57,6 +61,70 @@ def test_files_stay_short(path):
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.name != "_runtime.py"], ids=name)
 def test_only_the_runtime_reads_the_environment(path):
     assert not {"os.environ", "os.getenv"} & {ast.unparse(n) for n in ast.walk(ast.parse(path.read_text()))}
+
+
+def test_the_readme_names_every_file():
+    house = (ROOT / "README.md").read_text().split("## The house")[1].split("```")[1]
+    sections = dict(
+        zip(FOLDERS, re.split(r"^(?:rollout|grpo|benchmarks)/", house, flags=re.MULTILINE), strict=False)
+    )
+    for folder, section in sections.items():
+        files = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+        assert set(re.findall(r"\b[A-Za-z_0-9]+\.py\b", section)) == files, folder
+
+
+PUBLIC = {
+    "kernels": {
+        "fused_linear_logprob": "hidden weight target_ids * bias temperature softcap mask return_entropy",
+        "quantize_4bit": "weight format block_size double_quant",
+        "dequantize_4bit": "q dtype",
+        "QuantizedWeight.from_bitsandbytes": "state_dict prefix",
+        "QuantizedWeight.to": "self device",
+        "matmul_4bit": "x q bias",
+        "lora_linear": "x weight lora_a lora_b scaling bias",
+        "paged_attention": "q",
+    },
+    "rollout": {
+        "Policy.load": "name_or_path * quantize lora device dtype",
+        "Policy.score": "self input_ids completion_mask",
+        "Policy.disable_adapters": "self",
+        "Policy.save_adapter": "self folder",
+        "LoraConfig": "r alpha targets",
+        "Sampler": "policy * max_batch kv_memory",
+        "Sampler.generate": "self prompts params * group_size",
+        "SamplingParams": "max_tokens min_tokens temperature top_k top_p min_p repetition_penalty stop "
+        "stop_token_ids logit_bias ignore_eos seed",
+        "Completion": "token_ids logprobs finish_reason text",
+    },
+    "grpo": {
+        "group_advantages": "rewards group_ids estimator eps",
+        "policy_loss": "logprobs old_logprobs advantages mask config * ref_logprobs sampler_logprobs "
+        "entropy denominator",
+        "LossConfig": "ratio_level surrogate clip_low clip_high dual_clip * kl_coef kl_estimator kl_gradient "
+        "aggregate max_completion_length",
+        "LossOutput": "loss",
+        "preset": "name",
+        "kl_penalty": "logprobs ref_logprobs",
+        "GRPOConfig": "",
+        "GRPOTrainer": "config",
+        "RolloutBatch.load": "path",
+        "RolloutBatch.save": "self path",
+    },
+}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_public_names_and_their_parameters(folder):
+    """What a caller may rely on: positional arguments keep their places, those after * their names."""
+    package = importlib.import_module(f"nanogrpo.{folder}")
+    assert {path.split(".")[0] for path in PUBLIC[folder]} <= set(package.__all__)
+    assert all(hasattr(package, name) for name in package.__all__)
+    for path, expected in PUBLIC[folder].items():
+        names = list(inspect.signature(attrgetter(path)(package)).parameters)
+        positional, _, by_name = expected.partition("*")
+        positional = positional.split()
+        assert names[: len(positional)] == positional, path
+        assert set(by_name.split()) <= set(names), path
 
 
 def run(code, *, cwd):

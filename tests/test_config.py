@@ -101,7 +101,8 @@ def test_older_spelling_and_defaults():
             r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)",
         ),
         ({"head_dim": 15}, "head_dim must be even.* got 15"),
-        ({"vocab_size": 0}, "every size of a model must be at least 1"),
+        ({"vocab_size": "big"}, "vocab_size of a model must be an integer of at least 1, got 'big'"),
+        ({"vocab_size": 0}, "vocab_size of a model must be an integer of at least 1, got 0"),
     ],
 )
 def test_refused(settings, message):

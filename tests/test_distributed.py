@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nanogrpo.grpo import GRPOConfig, RolloutBatch
 from nanogrpo.grpo.distributed import Ranks, launched, seed_from
 from nanogrpo.grpo.run import Run
-from nanogrpo.rollout.sampling import counter_uniform
+from numpy_noise import numpy_uniform
 from safetensors.torch import load_file
 from tiny_run import CharTokenizer, adapters, environment, install, settings, tiny_trainer
 
@@ -50,7 +50,7 @@ def test_rows_are_whole_groups_in_order(data, world):
 def test_a_shifted_seed_draws_as_the_later_prompt(seed, first, prompt, member, position):
     shifted = seed_from(seed, first)
     assert -(2**63) <= shifted < 2**63
-    assert counter_uniform(shifted, prompt, member, position) == counter_uniform(
+    assert numpy_uniform(shifted, prompt, member, position) == numpy_uniform(
         seed, prompt + first, member, position
     )
     assert seed_from(seed, 0) == seed
@@ -158,5 +158,5 @@ def test_a_rank_that_dies_ends_the_run_and_two_go_on(tmp_path):
 
 
 def test_uniforms_differ_between_prompts():
-    draws = np.concatenate([counter_uniform(seed_from(5, first), 0, 0, np.arange(50)) for first in (0, 1)])
+    draws = np.concatenate([numpy_uniform(seed_from(5, first), 0, 0, np.arange(50)) for first in (0, 1)])
     assert len(set(draws.tolist())) == 100 and CharTokenizer.eos_token_ids == (0,)

@@ -21,7 +21,7 @@ BAD = [
     ({"num_iterations": 0}, "num_iterations must be at least 1"),
     ({"lora_r": 0}, "lora_r must be at least 1"),
     ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
-    ({"min_lr_ratio": -0.1}, "min_lr_ratio must be at least 0"),
+    ({"min_lr_ratio": -0.1}, "min_lr_ratio must be from 0 to 1"),
     ({"kl_coef": -0.1}, "kl_coef must be at least 0"),
     ({"kl_coef": math.nan}, "kl_coef must be at least 0, got nan"),
     ({"token_budget": 0}, "token_budget must be at least 1"),

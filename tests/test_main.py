@@ -81,10 +81,38 @@ def test_flags_are_typed(monkeypatch):
         (["--random-weights", "phi-4", "--model", "x/y"], "model and random_weights exclude each other"),
         (["--model", "./no-such-model"], "'./no-such-model' does not exist"),
         (["--model", "no-such.gguf"], "'no-such.gguf' does not exist"),
+        (["--device", "cuda:x"], "device must be cpu or cuda, got 'cuda:x'"),
+        (["--min-lr-ratio", "5"], "min_lr_ratio must be from 0 to 1, got 5.0"),
     ],
 )
 def test_train_errors(capsys, tmp_path, arguments, message):
     assert message in refused(capsys, "train", "--out", str(tmp_path / "run"), *arguments)
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        (["--token-budget", "1"], "more than the budget of 1"),
+        (["--max-completion-length", "5000"], "exceeds the model's context"),
+        (["--kv-memory", "1e-7"], "kv_memory of 107 bytes holds 0 blocks"),
+        (["--lora-r", "129"], "LoRA r must be an integer from 1 to 128, got 129"),
+        (["--held-out", "9999999"], "cannot hold out 9999999"),
+    ],
+)
+def test_a_run_that_is_refused_leaves_no_folder(capsys, tmp_path, setting, message):
+    out = tmp_path / "run"
+    shape = [
+        "--random-weights",
+        "tiny-llama",
+        "--device",
+        "cpu",
+        "--group-size",
+        "2",
+        "--prompts-per-step",
+        "1",
+    ]
+    assert message in refused(capsys, "train", *shape, "--out", str(out), *setting)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("keep", [0, 3, 12, 24, 40])
@@ -145,6 +173,9 @@ def test_plan(capsys):
     assert main(["plan", *shape, "--card", "6"]) == 0
     assert "does not fit" in capsys.readouterr().out
     assert "unknown card 'gtx'" in refused(capsys, "plan", *shape, "--card", "gtx")
+    for card in ("0", "-3", "nan", "inf"):
+        assert "positive number of GiB, got" in refused(capsys, "plan", *shape, "--card", card)
+    assert "at least 1 token, got 0" in refused(capsys, "plan", *shape, "--prompt-length", "0")
     assert main(["plan", "--task", "add"]) == 0  # the packaged model, the task's own prompts
     assert "prompts of 1" in capsys.readouterr().out
 
@@ -180,12 +211,17 @@ def test_replay_and_verify_errors(tiny, capsys, tmp_path):
     assert "is no readable safetensors file" in refused(capsys, "replay", str(tmp_path / "other"))
     assert "No such file" in refused(capsys, "replay", str(tmp_path / "none"))
     assert "nobody" in refused(capsys, "verify", "--against", "nobody")
+    assert "No such file" in refused(capsys, "replay", str(tmp_path))
+    with pytest.raises(SystemExit):
+        main(["replay", "x", "--kl-coefs", "much"])
+    assert "expected numbers, got 'much'" in capsys.readouterr().err
 
 
 def test_sample_and_eval_errors(tiny, capsys, tmp_path):
     assert "is no adapter folder" in refused(capsys, "sample", "hello", "--adapter", str(tmp_path))
     assert "nearest is 'add'" in refused(capsys, "eval", "--task", "addd")
     assert "max_tokens must be at least 1" in refused(capsys, "sample", "hello", "--max-tokens", "0")
+    assert "finite, got inf" in refused(capsys, "sample", "hello", "--temperature", "inf")
     assert "cannot hold out 0" in refused(capsys, "eval", "--held-out", "0")
 
 

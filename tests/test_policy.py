@@ -229,8 +229,10 @@ def test_adapters_of_another_kind_are_refused(tmp_path, setting):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"r": 0}, "LoRA r must be at least 1, got 0"),
-        ({"alpha": 0}, "LoRA alpha must be positive, got 0"),
+        ({"r": 0}, "LoRA r must be an integer from 1 to 128, got 0"),
+        ({"r": "4"}, "LoRA r must be an integer from 1 to 128, got '4'"),
+        ({"alpha": None}, "LoRA alpha must be positive and finite, got None"),
+        ({"alpha": 0}, "LoRA alpha must be positive and finite, got 0"),
         ({"targets": ("q_proj", "lm_head")}, "got .'lm_head'."),
         ({"targets": ()}, "got none"),
     ],

@@ -129,6 +129,15 @@ def test_file_round_trip(tmp_path):
     assert_same(RolloutBatch.load(tmp_path / "batch.safetensors"), batch)
 
 
+def test_advantages_a_token_stand_beside_those_of_sequences(tmp_path):
+    batch = make(3)[0]
+    batch.per_token = {"advantages": torch.rand(batch.input_ids.shape)}
+    batch.save(tmp_path / "batch")
+    loaded = RolloutBatch.load(tmp_path / "batch")
+    assert torch.equal(loaded.advantages, batch.advantages)
+    assert torch.equal(loaded.per_token["advantages"], batch.per_token["advantages"])
+
+
 @pytest.mark.parametrize("keep", [0, 4, 40, -1])
 def test_truncated_file_is_named(tmp_path, keep):
     path = tmp_path / "batch.safetensors"

@@ -3,12 +3,14 @@
 import math
 
 import numpy as np
+import numpy_noise
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nanogrpo.rollout import SamplingParams, sampling
-from nanogrpo.rollout.sampling import adjust_logits, counter_uniform, filter_logits, sample
+from nanogrpo.rollout import SamplingParams
+from nanogrpo.rollout.sampling import adjust_logits, filter_logits, sample
+from numpy_noise import numpy_uniform
 
 VOCAB, DRAWS = 12, 20_000
 
@@ -74,7 +76,7 @@ def random_logits(seed, rows=1):
 def test_sample_follows_the_distribution(options, seed):
     params = SamplingParams(seed=seed, **options)
     logits, history = random_logits(seed), [1, 3, 3, 8]
-    uniforms = torch.from_numpy(counter_uniform(seed, 0, np.arange(DRAWS), 0))
+    uniforms = torch.from_numpy(numpy_uniform(seed, 0, np.arange(DRAWS), 0))
     histories = [history] if params.repetition_penalty != 1 else None
     tensors = {"bias": bias_of(params), "seen": seen_in(histories)}
     rows = torch.zeros(DRAWS, dtype=torch.int64)
@@ -151,7 +153,7 @@ def test_several_draws_from_a_row(options):
     """Draws by ``rows`` equal those from the rows written out."""
     params, logits = SamplingParams(**options), random_logits(5, rows=3)
     rows = torch.tensor([2, 0, 0, 1, 2, 2])
-    u = torch.from_numpy(counter_uniform(1, 0, np.arange(6), 0))
+    u = torch.from_numpy(numpy_uniform(1, 0, np.arange(6), 0))
     banned = torch.zeros(3, VOCAB, dtype=torch.bool).scatter_(1, logits.argmax(-1)[:, None], True)
     banned[1] = False
     seen, bias = seen_in([[0, 1], [2], [3, 3]]), bias_of(params)
@@ -170,7 +172,7 @@ def test_several_draws_from_a_row(options):
 def test_keys_are_the_uniforms_made_of_them(options):
     params, logits = SamplingParams(seed=-5, **options), random_logits(4, rows=2)
     rows, prompt, member, position = torch.randint(0, 2, (4, 30))
-    uniforms = torch.from_numpy(counter_uniform(-5, prompt.numpy(), member.numpy(), position.numpy()))
+    uniforms = torch.from_numpy(numpy_uniform(-5, prompt.numpy(), member.numpy(), position.numpy()))
     keys = torch.tensor([-5]), prompt, member, position
     for a, b in zip(
         *(sample(logits, rows, x, params, bias=bias_of(params)) for x in (keys, uniforms)), strict=True
@@ -198,7 +200,7 @@ def test_adjusting_leaves_the_input_alone():
 
 def test_uniforms_are_distinct_in_every_key_and_uniform():
     prompts, members, positions = np.meshgrid(np.arange(20), np.arange(16), np.arange(128), indexing="ij")
-    u = np.stack([counter_uniform(seed, prompts, members, positions) for seed in (0, 1, 2**63, -1)])
+    u = np.stack([numpy_uniform(seed, prompts, members, positions) for seed in (0, 1, 2**63, -1)])
     assert u.dtype == np.float64 and 0 < u.min() and u.max() < 1
     assert np.unique(u).size == u.size
     ordered = np.sort(u.ravel())
@@ -213,14 +215,14 @@ def test_uniforms_are_distinct_in_every_key_and_uniform():
 
 @pytest.mark.parametrize("bits, expected", [(0, 2.0**-53), (2**64 - 1, 1 - 2.0**-53)])
 def test_uniforms_stay_inside_the_unit_interval(bits, expected, monkeypatch):
-    monkeypatch.setattr(sampling, "_mix", lambda state: np.full_like(state, bits))
-    assert counter_uniform(0, 0, 0, 0) == expected and 0 < expected < 1
+    monkeypatch.setattr(numpy_noise, "_mix", lambda state: np.full_like(state, bits))
+    assert numpy_uniform(0, 0, 0, 0) == expected and 0 < expected < 1
 
 
 def test_a_uniform_depends_on_its_key_alone():
-    alone = counter_uniform(7, 3, 2, 11)
-    assert counter_uniform(7, [1, 3], [0, 2], [4, 11])[1] == alone
-    assert len({float(alone), *(float(counter_uniform(*k)) for k in [(7, 2, 3, 11), (7, 11, 2, 3)])}) == 3
+    alone = numpy_uniform(7, 3, 2, 11)
+    assert numpy_uniform(7, [1, 3], [0, 2], [4, 11])[1] == alone
+    assert len({float(alone), *(float(numpy_uniform(*k)) for k in [(7, 2, 3, 11), (7, 11, 2, 3)])}) == 3
 
 
 @pytest.mark.parametrize(
@@ -229,7 +231,7 @@ def test_a_uniform_depends_on_its_key_alone():
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"min_tokens": -1}, "min_tokens must be between 0 and max_tokens, got -1"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
-        ({"temperature": -0.1}, "temperature must be >= 0, got -0.1"),
+        ({"temperature": -0.1}, "temperature must be >= 0 and finite, got -0.1"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": -1}, "top_k must be >= 0"),
         ({"top_p": 0.0}, "top_p must be in"),
