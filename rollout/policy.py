@@ -1,11 +1,8 @@
 """A policy: weights, tokenizer and adapters, with the log-probabilities that training and scoring need."""
 
 import contextlib
-<<<<<<< HEAD
 import functools
-=======
 import re
->>>>>>> wip/reviewuser
 
 import torch
 
