@@ -25,6 +25,7 @@ NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 INT4_BLOCK = 32
 PACKED_BLOCK = {"nf4": 64, "int4": 32}  # blocks that packed codes may have
 NESTED_BLOCK = 256  # scales that share one nested scale
+_CODE_BOOK = torch.tensor(NF4_CODE).tolist()  # rounded to float32, as tensors hold it
 
 
 @dataclass(eq=False)
@@ -66,7 +67,7 @@ class QuantizedWeight:
         blocks, nested = K // self.quant_block, self.nested_scale is not None
         groups = -(-(self.first_block + N * blocks) // NESTED_BLOCK)
         layout = {"codes": ((N, K // 8), torch.int32) if self.is_packed else ((N, K // 2), torch.uint8)}
-        _runtime.check(not self.is_packed or self.can_be_packed, f"packed codes: {self._why_not_packed()}")
+        _runtime.check(not self.is_packed or self._fits_tiles, f"packed codes: {self._why_not_packed()}")
         if self.format == "int4":
             layout |= {"scale": ((N, blocks), torch.float16), "minimum": ((N, blocks), torch.float16)}
         else:
@@ -98,9 +99,16 @@ class QuantizedWeight:
         return self.codes.dtype == torch.int32
 
     @property
-    def can_be_packed(self):
-        """Whether shape and blocks allow ``packed``: K a multiple of 128, and nf4 in blocks of 64 or int4."""
+    def _fits_tiles(self):
         return self.shape[1] % TILE == 0 and self.quant_block == PACKED_BLOCK[self.format]
+
+    @property
+    def can_be_packed(self):
+        """Whether ``packed`` is possible: K a multiple of 128, int4 or nf4 in blocks of 64 of NF4's own code book.
+
+        Reads the code book, so it waits for the device.
+        """
+        return self._fits_tiles and (self.code_book is None or self.code_book.tolist() == _CODE_BOOK)
 
     def _why_not_packed(self):
         block = PACKED_BLOCK[self.format]
@@ -112,15 +120,14 @@ class QuantizedWeight:
     def packed(self):
         """This weight with codes copied to the order of ``packed_codes``; itself where they are in it already.
 
-        Raises ValueError unless ``can_be_packed`` and the code book, if any, is NF4's own, which that order assumes.
+        Raises ValueError unless ``can_be_packed``.
         """
         if self.is_packed:
             return self
-        _runtime.check(self.can_be_packed, self._why_not_packed())
-        if self.format == "nf4":
+        _runtime.check(self._fits_tiles, self._why_not_packed())
+        if self.code_book is not None:
             book = self.code_book.tolist()
-            standard = torch.tensor(NF4_CODE).tolist()
-            _runtime.check(book == standard, f"the code book is {book}, expected {standard}")
+            _runtime.check(book == _CODE_BOOK, f"the code book is {book}, expected {_CODE_BOOK}")
         return replace(self, codes=pack(self.codes, self.format))
 
     def unpacked(self):

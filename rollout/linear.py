@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import QuantizedWeight, lora_linear_stacked, matmul_4bit
+from ..kernels import QuantizedWeight, lora_linear_stacked, matmul_4bit, quantize_4bit
 
 STACKS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -21,6 +21,16 @@ STACKS = {
     "down_proj": ("down_proj",),
 }
 LINEARS = tuple(part for parts in STACKS.values() for part in parts)
+
+
+def quantized(tensor, format, name):
+    """``tensor`` (N, K) as a ``QuantizedWeight`` in the order of codes that its device's kernels take."""
+    return in_kernel_order(quantize_4bit(tensor, format, 32 if format == "int4" else 64, name=name))
+
+
+def in_kernel_order(weight):
+    """The 4-bit ``weight`` with packed codes where it lies on a GPU and can be packed."""
+    return weight.packed() if weight.device.type == "cuda" and weight.can_be_packed else weight
 
 
 def concatenate(weights):
@@ -33,7 +43,7 @@ def concatenate(weights):
     if len(weights) == 1:
         return first
     kinds = [
-        (w.format, w.quant_block, w.dtype) if isinstance(w, QuantizedWeight) else w.dtype for w in weights
+        (w.format, w.quant_block, w.dtype, w.codes.dtype) if isinstance(w, QuantizedWeight) else w.dtype for w in weights
     ]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"weights that share an input are of different kinds: {kinds}")

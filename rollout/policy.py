@@ -6,10 +6,10 @@ import re
 
 import torch
 
-from ..kernels import QuantizedWeight, dequantize_4bit, fused_linear_logprob, quantize_4bit
+from ..kernels import QuantizedWeight, dequantize_4bit, fused_linear_logprob
 from .attention import TreeAttention
 from .checkpoint import open_checkpoint, resolve_checkpoint
-from .linear import LINEARS, stack_weights
+from .linear import LINEARS, in_kernel_order, quantized, stack_weights
 from .lora import DEFAULT_LORA, check_targets, read_adapter, write_adapter
 from .model import Transformer
 from .packing import pack_tree
@@ -232,9 +232,7 @@ def _place(name, tensor, quantize, device, dtype):
     """A checkpoint's tensor on its device, in 4 bits where asked; a 4-bit tensor of another format is requantised."""
     if isinstance(tensor, QuantizedWeight):
         if quantize == tensor.format:
-            return tensor.to(device)
+            return in_kernel_order(tensor.to(device))
         tensor = dequantize_4bit(tensor, torch.float32)
     tensor = tensor.to(device)
-    if quantize is None:
-        return tensor.to(dtype)
-    return quantize_4bit(tensor, quantize, 32 if quantize == "int4" else 64, name=name)
+    return tensor.to(dtype) if quantize is None else quantized(tensor, quantize, name)

@@ -9,10 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from ..kernels import quantize_4bit
 from .checkpoint import expected_tensors, open_checkpoint, resolve_checkpoint
 from .config import ModelConfig
-from .linear import stack_weights
+from .linear import quantized, stack_weights
 from .lora import DEFAULT_LORA
 from .model import Transformer
 from .policy import Policy, choose_device, is_linear
@@ -103,7 +102,7 @@ def random_policy(name, quantize=None, lora=DEFAULT_LORA, device=None, dtype=Non
                 continue
             tensor = torch.empty(shape, device=device, dtype=dtype).normal_(std=STD, generator=generator)
             if quantize is not None and is_linear(tensor_name):
-                tensor = quantize_4bit(tensor, quantize, 32 if quantize == "int4" else 64, name=tensor_name)
+                tensor = quantized(tensor, quantize, tensor_name)
             yield tensor_name, tensor
 
     weights = dict(stack_weights(drawn()))

@@ -58,6 +58,7 @@ def check(x, q, bias=None, device="cpu"):
     y = matmul_4bit(x.to(device), q.to(device).packed(), None if bias is None else bias.to(device))
     # floor: one rounding of the result
     assert y.dtype == x.dtype
+    x, weight, bias = (None if t is None else t.to(device) for t in (x, weight, bias))
     assert_no_worse_than(y, F.linear(x, weight, bias), truth, floor=EPS[x.dtype] / 2)
 
 
