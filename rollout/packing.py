@@ -8,6 +8,7 @@ of ``TreeAttention``. Values and gradients equal those of separate sequences up 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass
@@ -26,6 +27,16 @@ class PackedTree:
 
     def to(self, device):
         return PackedTree(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def padded(self, tokens):
+        """The same tree in ``tokens`` tokens: those added are roots that only they themselves see."""
+        T = len(self.input_ids)
+        pad = lambda values, value: F.pad(values, (0, tokens - T), value=value)
+        key_end = pad(self.key_end, 0)
+        key_end[T:] = torch.arange(T, tokens) + 1
+        return PackedTree(
+            pad(self.input_ids, 0), pad(self.positions, 0), key_end, pad(self.parent, -1), self.node
+        )
 
 
 class _Tree:

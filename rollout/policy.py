@@ -9,6 +9,7 @@ import torch
 from ..kernels import QuantizedWeight, dequantize_4bit, fused_linear_logprob
 from .attention import TreeAttention
 from .checkpoint import open_checkpoint, resolve_checkpoint
+from .layer_steps import LayerSteps, padded_tokens
 from .linear import LINEARS, in_kernel_order, quantized, stack_weights
 from .lora import DEFAULT_LORA, check_targets, read_adapter, write_adapter
 from .model import Transformer
@@ -36,6 +37,8 @@ class Policy:
         self.config = model.config
         self.name = name
         self.lora = lora
+        # On a GPU launches are what a pass would wait for; ``LayerSteps(self, graphs=False)`` goes without graphs.
+        self.steps = LayerSteps(self) if self.device.type == "cuda" else None
 
     @classmethod
     def load(cls, name_or_path=None, *, quantize=None, lora=DEFAULT_LORA, device=None, dtype=None, seed=0):
@@ -138,13 +141,17 @@ class Policy:
         if borders[0] != 0 or borders[-1] != len(flat_ids) or sorted(borders) != borders:
             raise ValueError(f"cu_seqlens must rise from 0 to {len(flat_ids)}, got {borders[:8]}")
         sequences = [flat_ids[a:b] for a, b in zip(borders, borders[1:], strict=False)]
-        tree = pack_tree(sequences, share_prefix=share_prefix).to(self.device)
+        tree = pack_tree(sequences, share_prefix=share_prefix)
+        if self.steps is not None:
+            tree = tree.padded(padded_tokens(len(tree.input_ids)))
+        tree = tree.to(self.device)
         mask = completion_mask.reshape(-1).to(self.device)
         scored = torch.zeros(tree.input_ids.numel(), dtype=torch.bool, device=self.device)
         scored[tree.node[mask]] = True
         if bool((scored & (tree.parent < 0)).any()):
             raise ValueError("completion_mask marks the first token of a sequence, which nothing predicts")
-        hidden_states = self.model(tree.input_ids, tree.positions, TreeAttention(tree.key_end))
+        attend = TreeAttention(tree.key_end)
+        hidden_states = self.model(tree.input_ids, tree.positions, attend, self.steps)
         targets = scored.nonzero().squeeze(-1)
         hidden_states = hidden_states[tree.parent[targets]]
         out = fused_linear_logprob(
