@@ -12,6 +12,7 @@ import math
 
 import torch
 
+from ..kernels import lora_linear_stacked
 from .attention import TreeAttention
 from .graphs import StepGraphs
 from .linear import STACKS
@@ -177,16 +178,23 @@ def _parts(flat, parameters):
 def _own_leaves(layer):
     """Inside, the layer's adapters are leaves of their own over the same memory; yields those that are trained.
 
-    A parameter's own leaf may belong to a graph of another stream, which must not be drawn into a capture.
+    A parameter's own leaf may belong to a graph of another stream, which must not be drawn into a capture. And the
+    layer's last product is not computed: its gradients do not need it.
     """
     linears = [getattr(layer, name) for name in STACKS]
     before = [(linear.lora_a, linear.lora_b) for linear in linears]
     own = lambda tensors: tuple(p.detach().requires_grad_(p.requires_grad) for p in tensors)
     for linear, (lora_a, lora_b) in zip(linears, before, strict=True):
         linear.lora_a, linear.lora_b = own(lora_a), own(lora_b)
+    last = layer.down_proj
+    if last.lora_a and last.adapter_on:
+        last.forward = lambda x: lora_linear_stacked(
+            x, last.weight, last.lora_a, last.lora_b, last.scaling, last.bias, last.starts, value=False
+        )
     try:
         yield _trained(layer)
     finally:
+        vars(last).pop("forward", None)
         for linear, (lora_a, lora_b) in zip(linears, before, strict=True):
             linear.lora_a, linear.lora_b = lora_a, lora_b
 

@@ -5,7 +5,7 @@ import torch
 from checkpoints import small_config
 from hypothesis import given
 from hypothesis import strategies as st
-from nanogrpo.rollout import LoraConfig
+from nanogrpo.rollout import LoraConfig, layer_steps
 from nanogrpo.rollout.layer_steps import TOKENS, WORKSPACE_TOKENS, LayerSteps, padded_tokens
 from nanogrpo.rollout.packing import pack_tree
 from nanogrpo.rollout.random_weights import random_policy
@@ -143,6 +143,19 @@ def test_passes_that_wait_for_each_other():
         assert equal(gradients(policy), grads)
     with torch.no_grad():
         assert torch.equal(policy.score(*batches[2]), alone[2][0])
+
+
+def test_the_last_product_of_a_layer_is_not_computed_again(monkeypatch):
+    policy, skipped = stepped(small_policy()), []
+    original = layer_steps.lora_linear_stacked
+    monkeypatch.setattr(
+        layer_steps,
+        "lora_linear_stacked",
+        lambda *a, value: skipped.append(value) or original(*a, value=value),
+    )
+    backward(policy.score(*random_batch(2, 30)))
+    assert skipped == [False] * policy.config.num_hidden_layers
+    assert not any("forward" in vars(layer.down_proj) for layer in policy.model.layers)
 
 
 def test_what_is_captured_is_used_again():
