@@ -15,6 +15,8 @@ from .lora import DEFAULT_LORA, check_targets, read_adapter, write_adapter
 from .model import Transformer
 from .packing import pack_tree
 
+HEAD_WORKSPACE = 32 * 2**20  # bytes of the head's temporary memory beside what it keeps for backward
+
 
 def without_autocast(method):
     """``method`` of a policy, or of what has one, computing in the policy's own dtype whatever surrounds the call."""
@@ -160,6 +162,7 @@ class Policy:
             tree.input_ids[targets],
             temperature=temperature,
             return_entropy=return_entropy,
+            workspace_bytes=HEAD_WORKSPACE + 16 * len(hidden_states) + 4 * hidden_states.numel(),
         )
         row_of_node = torch.zeros_like(tree.parent).index_copy_(
             0, targets, torch.arange(targets.numel()).to(targets)
