@@ -75,13 +75,14 @@ def linear_shapes(model):
     }
 
 
-def weight_bytes(model, quantize, itemsize):
-    """Bytes of the frozen weights, biases and norms, and of the rotary frequencies."""
+def weight_bytes(model, quantize, itemsize, device="cuda"):
+    """Bytes on the device of the frozen weights, biases and norms, and of the rotary frequencies."""
     from ..rollout.checkpoint import expected_tensors
+    from ..rollout.policy import stays_in_host_memory
 
-    total = 4 * (model.head_dim // 2)
+    total, far = 4 * (model.head_dim // 2), stays_in_host_memory(model, quantize, torch.device(device))
     for name, shape in expected_tensors(model).items():
-        values = math.prod(shape)
+        values = 0 if name == far else math.prod(shape)
         if quantize is None or not name.endswith("_proj.weight"):
             total += values * itemsize
         elif quantize == "nf4":

@@ -9,6 +9,7 @@ import torch
 from ..kernels import QuantizedWeight, dequantize_4bit, fused_linear_logprob
 from .attention import TreeAttention
 from .checkpoint import open_checkpoint, resolve_checkpoint
+from .host_memory import in_host_memory
 from .layer_steps import LayerSteps, padded_tokens
 from .linear import LINEARS, in_kernel_order, quantized, stack_weights
 from .lora import DEFAULT_LORA, check_targets, read_adapter, write_adapter
@@ -54,10 +55,14 @@ class Policy:
         device = choose_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         checkpoint = open_checkpoint(resolve_checkpoint(name_or_path))
-        placed = (
-            (name, _place(name, tensor, quantize if is_linear(name) else None, device, dtype))
-            for name, tensor in checkpoint.tensors(keep_4bit=quantize is not None)
-        )
+        far = stays_in_host_memory(checkpoint.config, quantize, device)
+
+        def place(name, tensor):
+            tensor = _place(name, tensor, quantize if is_linear(name) else None, device, dtype)
+            return in_host_memory(tensor) if name == far else tensor
+
+        tensors = checkpoint.tensors(keep_4bit=quantize is not None)
+        placed = ((name, place(name, tensor)) for name, tensor in tensors)
         weights = dict(stack_weights(placed))
         policy = cls(Transformer(checkpoint.config, weights), checkpoint.tokenizer, name=str(checkpoint.path))
         if lora is not None:
@@ -231,6 +236,15 @@ def choose_device(name=None):
             f"device {device} was asked for, and torch sees {torch.cuda.device_count()} CUDA GPUs"
         )
     return device
+
+
+def stays_in_host_memory(config, quantize, device):
+    """Name of the tensor that a GPU reads in the CPU's memory, None for none: what is only ever gathered from.
+
+    An embedding that is no head as well, where weights are quantised to save memory.
+    """
+    wanted = device.type == "cuda" and quantize is not None and not config.tie_word_embeddings
+    return "model.embed_tokens.weight" if wanted else None
 
 
 def is_linear(name):

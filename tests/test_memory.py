@@ -67,7 +67,10 @@ def held_bytes(thing):
 @pytest.mark.parametrize("name", TINY)
 def test_weights_are_exact(name, quantize, dtype):
     policy = random_policy(name, quantize, None, "cpu", dtype)
-    assert held_bytes(policy.model) == weight_bytes(policy.config, quantize, dtype.itemsize)
+    assert held_bytes(policy.model) == weight_bytes(policy.config, quantize, dtype.itemsize, "cpu")
+    far = policy.model.embedding.nbytes if quantize and not policy.config.tie_word_embeddings else 0
+    on_a_gpu = weight_bytes(policy.config, quantize, dtype.itemsize)
+    assert on_a_gpu == weight_bytes(policy.config, quantize, dtype.itemsize, "cpu") - far
 
 
 @pytest.mark.parametrize("name", TINY)
