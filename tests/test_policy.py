@@ -121,7 +121,9 @@ def test_adapters_in_the_models_dtype_are_float32_ones_rounded():
 
 
 def test_adapters_of_another_half_precision_are_refused():
-    with pytest.raises(ValueError, match="LoRA dtype must be float32 or the model's torch.float32, got torch.b"):
+    with pytest.raises(
+        ValueError, match="LoRA dtype must be float32 or the model's torch.float32, got torch.b"
+    ):
         tiny_policy(lora=LoraConfig(r=4, dtype="bfloat16"))
 
 
