@@ -165,6 +165,7 @@ def test_table(finished):
     assert len({len(row) for row in [lines[start], *rows]}) == 1
     assert any(line.startswith("held-out accuracy before:") for line in lines[:start])
     assert any(line.startswith("held-out accuracy after:") for line in lines[start:])
+    assert any(line.startswith("held-out format after:") for line in lines[start:])
 
 
 def test_a_folder_with_another_run_is_refused(finished):
