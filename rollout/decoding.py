@@ -6,7 +6,6 @@ elsewhere, and where graphs are off, the very same function runs as it is.
 """
 
 import sys
-from collections import deque
 
 import numpy as np
 import torch
@@ -94,8 +93,7 @@ class DecodeState:
     log-prob and kept mass of each step; seen (B, V) bool where the repetition penalty asks for it. leaders (R,) int64
     are the rows that are computed, None: all; rows (B,) int64 names the computed row that each row equals.
 
-    The host's side stands twice, in pinned memory where the device is a GPU: what has been handed over once is
-    written again only after the next but one has been read.
+    staged and recorded are the host's copies of inputs and record, in pinned memory where the device is a GPU.
     """
 
     def __init__(self, batch, width, steps, device, *, vocab_size=None):
@@ -110,8 +108,8 @@ class DecodeState:
         self.table = table.view(batch, width)
         self.growing = sum(sizes[:3])  # from here on what a window begins with: step and table
         self.record = torch.zeros(steps, 3, batch, dtype=torch.float64, device=device)
-        self.staged, self.records = (
-            [torch.zeros(like.shape, dtype=like.dtype, pin_memory=like.is_cuda) for _ in range(2)]
+        self.staged, self.recorded = (
+            torch.zeros(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
             for like in (self.inputs, self.record)
         )
         self.seen = None
@@ -133,27 +131,29 @@ class DecodeState:
 class DecodeRun:
     """Windows of steps on rows that stay where they are: the device goes on while the host looks at the last window.
 
-    A window is opened, takes its steps in one or more calls, is closed, and may be read after the next was opened;
-    no third may be open by then. Between windows the device keeps its state: only block tables grow.
+    A window is opened, takes its steps in one or more calls, is closed, and is read when the next has been opened or
+    not, but before that is closed. Between windows the device keeps its state: only block tables grow. What is staged
+    may be on its way to the device when blocks are added to it: that they come early does no harm.
     """
 
     def __init__(self, state, step, sequences, limit):
-        """Write ``sequences`` into the first rows of ``state``; the others have ended.
+        """Write ``sequences`` into the first rows of ``state``, on which no step is under way; the others have ended.
 
         step: runs one step; limit: the tokens of a completion.
         """
         self.state, self.step, self.sequences = state, step, sequences
         self.steps = 0  # of the open window
-        self.unread = 0  # steps of all windows, the open one included
-        self.closed = deque()  # (record on the host, what waits for it) of windows to be read
-        self.windows = 0
+        self.unread = 0  # of all windows, the open one included
+        self.closed = None  # (record on the host, what waits for it)
         self.blocks = [0] * len(sequences)  # of each row, already in the table
-        self.host = np.zeros(len(state.inputs), dtype=np.int32)
+        self.changed = slice(None)  # part of the inputs that the next window brings
         self._fill(limit)
 
     def _fill(self, limit):
         state, sequences, n = self.state, self.sequences, len(self.sequences)
-        words = self.host[: 12 * state.batch].view(np.int64).reshape(6, state.batch)
+        staged = state.staged.numpy()
+        staged[:] = 0
+        words = staged[: 12 * state.batch].view(np.int64).reshape(6, state.batch)
         lens = np.fromiter(map(len, sequences), dtype=np.int64, count=n)
         words[0, :n] = [s.token_ids[-1] for s in sequences]
         words[1, :n] = lens - 1
@@ -161,7 +161,7 @@ class DecodeRun:
         words[3, :n] = limit
         words[4, :n] = [s.prompt_index for s in sequences]
         words[5, :n] = [s.group_index for s in sequences]
-        self.host[12 * state.batch :][:n] = lens
+        staged[12 * state.batch :][:n] = lens
         if state.seen is not None:
             mark_seen(state.seen, sequences)
 
@@ -175,10 +175,9 @@ class DecodeRun:
                 places += range(start + had, start + len(table))
                 blocks += table[had:]
                 self.blocks[row] = len(table)
-        self.host[-state.table.numel() :][places] = blocks
-        staged, changed = state.staged[self.windows % 2], slice(state.growing if self.windows else 0, None)
-        staged.numpy()[changed] = self.host[changed]
-        _copy(staged[changed], state.inputs[changed])
+        state.staged[-state.table.numel() :].numpy()[places] = blocks
+        _copy(state.staged[self.changed], state.inputs[self.changed])
+        self.changed = slice(state.growing, None)
 
     def advance(self, steps):
         """Let the open window take ``steps`` more, for which the block tables must have room."""
@@ -189,20 +188,19 @@ class DecodeRun:
 
     def close(self):
         """End the open window: its record is on its way to the host."""
-        record = self.state.records[self.windows % 2][: self.steps]
-        self.closed.append((record, _copy(self.state.record[: self.steps], record)))
-        self.windows += 1
+        recorded = self.state.recorded[: self.steps]
+        self.closed = recorded, _copy(self.state.record[: self.steps], recorded)
         self.steps = 0
 
     def read(self):
-        """(tokens, logprobs, kept), each (steps, rows) numpy, of the first closed window; waits for its steps.
+        """(tokens, logprobs, kept), each (steps, rows) numpy, of the closed window; waits for its steps.
 
-        What stands behind the end of a completion means nothing.
+        They are overwritten when the next window is closed. What stands behind the end of a completion means nothing.
         """
-        record, wait = self.closed.popleft()
+        recorded, wait = self.closed
         wait()
-        self.unread -= len(record)
-        tokens, logprobs, kept = record[:, :, : len(self.sequences)].numpy().swapaxes(0, 1)
+        self.unread -= len(recorded)
+        tokens, logprobs, kept = recorded[:, :, : len(self.sequences)].numpy().swapaxes(0, 1)
         return tokens.astype(np.int64), logprobs, kept
 
 
