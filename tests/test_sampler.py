@@ -367,13 +367,24 @@ GPU_PARAMS = [
 def test_gpu_graphs_change_nothing(options):
     policy, params = gpu_policy(), SamplingParams(max_tokens=40, seed=4, **options)
     sampler = Sampler(policy, max_batch=16)
-    without = Sampler(policy, max_batch=16, cuda_graphs=False, window=5)
-    without.decoder.looks_ahead = False
-    eager = without.generate(PROMPTS, params, group_size=4)
+    eager = Sampler(policy, max_batch=16, cuda_graphs=False).generate(PROMPTS, params, group_size=4)
     assert sampler.generate(PROMPTS, params, group_size=4) == eager
     graphs = len(sampler.decoder.graphs.captured)
     assert graphs > 0 and sampler.generate(PROMPTS, params, group_size=4) == eager
     assert len(sampler.decoder.graphs.captured) == graphs, "a second call captured again"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [5, 16])
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_gpu_looking_ahead_changes_nothing(cuda_graphs, window):
+    policy, params = gpu_policy(), SamplingParams(max_tokens=120, ignore_eos=True, repetition_penalty=1.1)
+    results = []
+    for ahead in (False, True, True):  # no row ends early: all compute the same shapes
+        sampler = Sampler(policy, window=window, cuda_graphs=cuda_graphs)
+        sampler.decoder.looks_ahead = ahead
+        results.append(sampler.generate(PROMPTS, params, group_size=4))
+    assert results[1] == results[0] and results[2] == results[0]
 
 
 @pytest.mark.gpu
