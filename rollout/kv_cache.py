@@ -5,6 +5,7 @@ tables; a full block may be shared by any number of sequences that begin with th
 arXiv 2309.06180).
 """
 
+import numpy as np
 import torch
 
 COPIED_AT_ONCE = 32  # blocks that stand once more in memory while they are copied
@@ -128,5 +129,15 @@ class KVCache:
     def copy_blocks(self, pairs):
         """Copy whole blocks, all layers at once; pairs: (source, destination) block ids, none both."""
         for start in range(0, len(pairs), COPIED_AT_ONCE):
-            some = torch.tensor(pairs[start : start + COPIED_AT_ONCE], device=self.data.device)
-            self.data[some[:, 1]] = self.data[some[:, 0]]
+            source, destination = on_device(pairs[start : start + COPIED_AT_ONCE], self.data.device).unbind(1)
+            self.data[destination] = self.data[source]
+
+
+def on_device(values, device):
+    """Tensor of an array or of nested lists of integers; the host does not wait for work that a GPU has to do."""
+    tensor = torch.from_numpy(np.asarray(values))
+    if (
+        device.type == "cuda"
+    ):  # a copy from other memory would wait; torch keeps pinned memory until it is copied
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

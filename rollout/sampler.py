@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from .decoding import Decoder, mark_seen
-from .kv_cache import BlockAllocator, KVCache
+from .kv_cache import BlockAllocator, KVCache, on_device
 from .policy import without_autocast
 from .sampling import SamplingParams
 from .scheduler import Scheduler
@@ -189,9 +189,8 @@ class Sampler:
                     rows.append(row)
             for start in range(0, len(leaders), self.decoder.draw.most_rows):
                 some = slice(start, start + self.decoder.draw.most_rows)
-                launched.append(
-                    self._draw_first(cache, scheduler, leaders[some], hidden_states[rows[some]], params)
-                )
+                ends = hidden_states[on_device(rows[some], self.policy.device)]
+                launched.append(self._draw_first(cache, scheduler, leaders[some], ends, params))
         for sequences, drawn in launched:  # read after all launches: the device need not wait in between
             yield sequences, [x[None].cpu().numpy() for x in drawn]
 
@@ -227,7 +226,7 @@ class Sampler:
             mark_seen(seen, leaders)
         members = [s.prompt_index for s in sequences], [s.group_index for s in sequences]
         counts = [len(s) - s.prompt_length for s in sequences]
-        rows, *members, counts = torch.tensor([rows, *members, counts], device=device)
+        rows, *members, counts = on_device([rows, *members, counts], device)
         tokens, logprobs, kept = self.decoder.draw(logits, rows, members, counts, seen)
         return sequences, (tokens, logprobs, torch.ones_like(logprobs) if kept is None else kept)
 
