@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import rms_norm, rotary, swiglu
+from ..kernels import rms_norm, swiglu
 from .linear import STACKS, StackedLinear, share_stacks
 from .recompute import PinnedStore, recompute
 
@@ -67,7 +67,7 @@ class DecoderLayer(nn.Module):
         q, k, v = qkv.view(len(x), sum(self.heads), self.head_dim).split(self.heads, dim=1)
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
-        out = attend(self.index, *rotary(q, k, cos, sin), v)
+        out = attend(self.index, q, k, v, cos, sin)
         out = self.o_proj(out.flatten(-2))
         x, hidden_states = rms_norm(out, self.post_attention_norm, self.eps, residual=hidden_states)
         return hidden_states + self.down_proj(swiglu(self.gate_up_proj(x)))
