@@ -51,14 +51,19 @@ def _fold(m, l, acc, m_part, l_part, part):
 
 
 @triton.jit
+def _split_blocks(table, n, last, PAGE: tl.constexpr):
+    """The cache blocks of tokens ``n``."""
+    return tl.load(table + n // PAGE, mask=n < last, other=0).to(tl.int64)
+
+
+@triton.jit
 def _split_part(
-    queries, n, last, k_cache, v_cache, table, scale_log2, k_block, k_token, v_block, v_token,
+    queries, n, last, block, k_cache, v_cache, scale_log2, k_block, k_token, v_block, v_token,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(m, l, a) of the tokens ``n`` before position ``last``, for rows of queries."""
+    """(m, l, a) of the tokens ``n`` before position ``last``, in cache blocks ``block``, for rows of queries."""
     d = tl.arange(0, BLOCK_D)
     stored = n < last
-    block = tl.load(table + n // PAGE, mask=stored, other=0).to(tl.int64)
     # Absent keys and values load as zeros: what an unused slot holds must not reach a product.
     mask = stored[:, None] & (d < D)[None, :]
     k_at = k_cache + (block * k_block + n % PAGE * k_token)[:, None] + d[None, :]
@@ -72,19 +77,26 @@ def _split_part(
 
 
 @triton.jit
-def _head_rows(x, row, rows, cos, sin, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows ``row`` < rows of ``x`` (whose pointers they are offset to), rotated where cos is given; zero beyond."""
+def _load_heads(x, row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of pointers offset by ``row``, and for each value the one that it is rotated with, with its sign."""
     HALF: tl.constexpr = D // 2
     d = tl.arange(0, BLOCK_D)
-    mask = rows[:, None] & (d < D)[None, :]
+    other = tl.where(d < HALF, d + HALF, d - HALF)
+    mask = mask[:, None] & (d < D)[None, :]
     values = tl.load(x + row[:, None] + d[None, :], mask=mask, other=0.0)
+    partner = tl.load(x + row[:, None] + other[None, :], mask=mask, other=0.0)
+    return values, tl.where((d < HALF)[None, :], -partner, partner)
+
+
+@triton.jit
+def _turned(values, partner, cos, sin, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of heads, rotated where cos is given and rounded as ``rotary`` rounds."""
     if cos is not None:
-        other = tl.where(d < HALF, d + HALF, d - HALF)
-        partner = tl.load(x + row[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
-        partner = tl.where((d < HALF)[None, :], -partner, partner)
+        HALF: tl.constexpr = D // 2
+        d = tl.arange(0, BLOCK_D)
         angle = tl.where(d < HALF, d, d - HALF)
         c, s = tl.load(cos + angle, mask=d < D, other=0.0), tl.load(sin + angle, mask=d < D, other=0.0)
-        values = turn(values.to(tl.float32), partner, c[None, :], s[None, :]).to(values.dtype)
+        values = turn(values.to(tl.float32), partner.to(tl.float32), c[None, :], s[None, :]).to(values.dtype)
     return values
 
 
@@ -110,8 +122,10 @@ def _decode_kernel(
     head = kv_head * GROUP + row
     if cos is not None:
         cos, sin = cos + sequence * cos_token, sin + sequence * sin_token
-    queries = _head_rows(q + sequence * q_token, head * q_head, row < GROUP, cos, sin, D, BLOCK_D)
-    # The last token: its loads begin before the splits', its part is folded after theirs.
+    n = program * SPLIT + tl.arange(0, SPLIT)
+    blocks = _split_blocks(table, n, last, PAGE)  # ahead of all that would wait for another load
+    values, partner = _load_heads(q + sequence * q_token, head * q_head, row < GROUP, D, BLOCK_D)
+    # The last token is loaded before the splits, and folded and stored after them.
     owner = (program == 0) & (last >= 0)
     there = (d < D) & owner
     block = tl.load(table + last // PAGE, mask=owner, other=0).to(tl.int64)
@@ -119,12 +133,14 @@ def _decode_kernel(
     v_at = v_cache + block * v_block + last % PAGE * v_token + d
     if k is None:
         key, value = tl.load(k_at, mask=there, other=0.0)[None, :], tl.load(v_at, mask=there, other=0.0)
+        key_partner = key
     else:
         new_k = k + sequence * new_k_token + kv_head * new_k_head
-        key = _head_rows(new_k, tl.zeros([1], tl.int32), tl.full([1], True, tl.int1), cos, sin, D, BLOCK_D)
+        key, key_partner = _load_heads(
+            new_k, tl.zeros([1], tl.int32), tl.full([1], True, tl.int1), D, BLOCK_D
+        )
         value = tl.load(v + sequence * new_v_token + kv_head * new_v_head + d, mask=there, other=0.0)
-        tl.store(k_at[None, :], key, mask=there[None, :])
-        tl.store(v_at, value, mask=there)
+    queries = _turned(values, partner, cos, sin, D, BLOCK_D)
     m = tl.full([BLOCK_G], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -132,9 +148,11 @@ def _decode_kernel(
     inside = (row < GROUP)[:, None] & (d < D)[None, :]
     for split in range(program, tl.cdiv(last, SPLIT), tl.num_programs(2)):
         m_part, l_part, part = _split_part(
-            queries, split * SPLIT + tl.arange(0, SPLIT), last, k_cache, v_cache, table, scale_log2,
-            k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D,
+            queries, n, last, blocks, k_cache, v_cache, scale_log2, k_block, k_token, v_block, v_token,
+            D, PAGE, BLOCK_D,
         )  # fmt: skip
+        n += tl.num_programs(2) * SPLIT
+        blocks = _split_blocks(table, n, last, PAGE)
         if MERGE:
             tl.store(stats + (slot + split) * 2, m_part, mask=row < GROUP)
             tl.store(stats + (slot + split) * 2 + 1, l_part, mask=row < GROUP)
@@ -142,6 +160,10 @@ def _decode_kernel(
         else:
             m, l, acc = _fold(m, l, acc, m_part, l_part, part)
     if owner:
+        if k is not None:
+            key = _turned(key, key_partner, cos, sin, D, BLOCK_D)
+            tl.store(k_at[None, :], key, mask=there[None, :])
+            tl.store(v_at, value, mask=there)
         m_part = tl.sum(queries.to(tl.float32) * key.to(tl.float32), 1) * scale_log2
         l_part = tl.full([BLOCK_G], 1.0, tl.float32)
         part = tl.broadcast_to(value.to(tl.float32)[None, :], (BLOCK_G, BLOCK_D))
