@@ -33,7 +33,7 @@ def rotary_frequencies(config):
 
 class DecoderLayer(nn.Module):
     """Launches a call of up to 64 16-bit rows on CUDA, with adapters: 4 linears of 3 (a base product that splits its
-    sums: 4), 2 norms, the rotary embedding, SwiGLU, one addition, and attention's own; 2 more for a norm of q and k.
+    sums: 4), 2 norms, SwiGLU, one addition, and attention's own, which rotates q and k; 2 more for a norm of these.
     """
 
     def __init__(self, config, index, weights):
