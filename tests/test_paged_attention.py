@@ -213,6 +213,37 @@ def test_cpu_chunks_change_nothing(chunks):
         assert_correct(queries([1] * 6, 4, 16, dtype=torch.float32)[0], *cache)
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 2, 3, 9]), st.sampled_from([0, 7, 16, 20])), min_size=1, max_size=3),
+    st.sampled_from([(1, 1), (2, 3), (1, 6), (1, 17)]), st.sampled_from(DTYPES), st.integers(0, 2**31),
+)  # fmt: skip
+def test_sharing_the_reading_of_blocks_changes_no_bit(groups, heads, dtype, seed):
+    """Groups of (members, shared blocks) with contexts of 1 to 23 blocks: read together, apart, and from copies."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [members for members, _ in groups]
+    contexts = torch.randint(1, 23 * 16, (sum(sizes),), generator=generator).tolist()
+    *caches, table, lens = paged(contexts, heads[0], 16, dtype=dtype, seed=seed)
+    begin = 0
+    for members, shared in groups:
+        # Whoever has fewer blocks than are shared shares what it has.
+        longest = max(range(begin, begin + members), key=lambda i: contexts[i])
+        for i in range(begin, begin + members):
+            count = min(shared, (contexts[i] - 1) // 16)
+            table[i, :count] = table[longest, :count]
+        begin += members
+    copies = [torch.full((table.numel() + 1, *cache.shape[1:]), torch.nan, dtype=dtype) for cache in caches]
+    apart = torch.arange(table.numel(), dtype=torch.int32).view_as(table)
+    for i, context in enumerate(contexts):
+        count = -(-context // 16)
+        for copy, cache in zip(copies, caches, strict=True):
+            copy[apart[i, :count]] = cache[table[i, :count]]
+    q, _ = queries([1] * len(contexts), heads[0] * heads[1], 16, dtype=dtype, seed=seed)
+    expected = assert_correct(q, *copies, apart, lens)
+    for family, programs in ((1, 1), (1, 10**6), (8, 10**6), (2, 8)):
+        with mock.patch.multiple(decode, FAMILY=family, PROGRAMS=programs):
+            assert torch.equal(paged_attention(q, *caches, table, lens), expected)
+
+
 def test_caches_may_move(device):
     """With ``addresses`` the kernels find the caches where these say, whatever the tensors point at."""
     if device.type == "cpu" and not INTERPRET:
@@ -404,7 +435,9 @@ def assert_all_compile(cc, dim, dtype):
         module._paged_attention_triton(q, *cache, cu_seqlens, 0.1, addresses)
         _store_kv_triton(q[:2, :2], q[:2, 2:4], *cache[:2], torch.tensor([1, 2]), addresses)
 
-    assert_compiles(launch, cc, ["_decode_kernel", "_merge_kernel", "_prefill_kernel", "_store_kv_kernel"])
+    assert_compiles(
+        launch, cc, ["_walk_kernel", "_parts_kernel", "_merge_kernel", "_prefill_kernel", "_store_kv_kernel"]
+    )
 
 
 @pytest.mark.gpu
