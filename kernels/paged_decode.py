@@ -240,7 +240,7 @@ def _parts_kernel(
             key, value = _load_split(
                 n, last, blocks, k_cache, v_cache, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D
             )
-            for first in range(0, members, TOGETHER):
+            for first in tl.range(0, members, TOGETHER, num_stages=1):
                 member = first + row // GROUP
                 inside = (member < members) & (row < TOGETHER * GROUP)
                 owner = sequence + member
