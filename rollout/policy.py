@@ -10,10 +10,14 @@ import torch
 from ..kernels import QuantizedWeight, dequantize_4bit, fused_linear_logprob
 from .attention import TreeAttention
 from .checkpoint import open_checkpoint, resolve_checkpoint
+from .host_memory import in_host_memory
+from .layer_steps import LayerSteps, padded_tokens
 from .linear import LINEARS, in_kernel_order, quantized, stack_weights
 from .lora import DEFAULT_LORA, check_targets, read_adapter, write_adapter
 from .model import Transformer
 from .packing import pack_tree
+
+HEAD_WORKSPACE = 32 * 2**20  # bytes of the head's temporary memory beside what it keeps for backward
 
 
 def without_autocast(method):
@@ -37,6 +41,8 @@ class Policy:
         self.config = model.config
         self.name = name
         self.lora = lora
+        # On a GPU launches are what a pass would wait for; ``LayerSteps(self, graphs=False)`` goes without graphs.
+        self.steps = LayerSteps(self) if self.device.type == "cuda" else None
 
     @classmethod
     def load(cls, name_or_path=None, *, quantize=None, lora=DEFAULT_LORA, device=None, dtype=None, seed=0):
@@ -50,10 +56,14 @@ class Policy:
         device = choose_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         checkpoint = open_checkpoint(resolve_checkpoint(name_or_path))
-        placed = (
-            (name, _place(name, tensor, quantize if is_linear(name) else None, device, dtype))
-            for name, tensor in checkpoint.tensors(keep_4bit=quantize is not None)
-        )
+        far = stays_in_host_memory(checkpoint.config, quantize, device)
+
+        def place(name, tensor):
+            tensor = _place(name, tensor, quantize if is_linear(name) else None, device, dtype)
+            return in_host_memory(tensor) if name == far else tensor
+
+        tensors = checkpoint.tensors(keep_4bit=quantize is not None)
+        placed = ((name, place(name, tensor)) for name, tensor in tensors)
         weights = dict(stack_weights(placed))
         policy = cls(Transformer(checkpoint.config, weights), checkpoint.tokenizer, name=str(checkpoint.path))
         if lora is not None:
@@ -142,13 +152,17 @@ class Policy:
         if borders[0] != 0 or borders[-1] != len(flat_ids) or sorted(borders) != borders:
             raise ValueError(f"cu_seqlens must rise from 0 to {len(flat_ids)}, got {borders[:8]}")
         sequences = [flat_ids[a:b] for a, b in zip(borders, borders[1:], strict=False)]
-        tree = pack_tree(sequences, share_prefix=share_prefix).to(self.device)
+        tree = pack_tree(sequences, share_prefix=share_prefix)
+        if self.steps is not None:
+            tree = tree.padded(padded_tokens(len(tree.input_ids)))
+        tree = tree.to(self.device)
         mask = completion_mask.reshape(-1).to(self.device)
         scored = torch.zeros(tree.input_ids.numel(), dtype=torch.bool, device=self.device)
         scored[tree.node[mask]] = True
         if bool((scored & (tree.parent < 0)).any()):
             raise ValueError("completion_mask marks the first token of a sequence, which nothing predicts")
-        hidden_states = self.model(tree.input_ids, tree.positions, TreeAttention(tree.key_end))
+        attend = TreeAttention(tree.key_end)
+        hidden_states = self.model(tree.input_ids, tree.positions, attend, self.steps)
         targets = scored.nonzero().squeeze(-1)
         hidden_states = hidden_states[tree.parent[targets]]
         out = fused_linear_logprob(
@@ -157,6 +171,7 @@ class Policy:
             tree.input_ids[targets],
             temperature=temperature,
             return_entropy=return_entropy,
+            workspace_bytes=HEAD_WORKSPACE + 16 * len(hidden_states) + 4 * hidden_states.numel(),
         )
         row_of_node = torch.zeros_like(tree.parent).index_copy_(
             0, targets, torch.arange(targets.numel()).to(targets)
@@ -227,6 +242,15 @@ def choose_device(name=None):
             f"device {device} was asked for, and torch sees {torch.cuda.device_count()} CUDA GPUs"
         )
     return device
+
+
+def stays_in_host_memory(config, quantize, device):
+    """Name of the tensor that a GPU reads in the CPU's memory, None for none: what is only ever gathered from.
+
+    An embedding that is no head as well, where weights are quantised to save memory.
+    """
+    wanted = device.type == "cuda" and quantize is not None and not config.tie_word_embeddings
+    return "model.embed_tokens.weight" if wanted else None
 
 
 def is_linear(name):

@@ -92,7 +92,7 @@ def test_train_errors(capsys, tmp_path, arguments, message):
 @pytest.mark.parametrize(
     "setting, message",
     [
-        (["--token-budget", "1"], "more than the budget of 1"),
+        (["--token-budget", "0"], "token_budget must be at least 1, got 0"),
         (["--max-completion-length", "5000"], "exceeds the model's context"),
         (["--kv-memory", "1e-7"], "kv_memory of 107 bytes holds 0 blocks"),
         (["--lora-r", "129"], "LoRA r must be an integer from 1 to 128, got 129"),

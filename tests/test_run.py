@@ -336,9 +336,9 @@ def test_three_skipped_steps_end_the_run_with_their_rollouts(tmp_path):
 def test_a_smaller_token_budget_is_said(tmp_path):
     screen = Screen()
     run = create(tmp_path / "run", screen, steps=2)
-    run.trainer.objective.token_budget = 2048
+    run.trainer.objective.token_budget = 512
     run.train()
-    assert screen.lines.count("out of memory: going on with a token budget of 2048") == 1
+    assert screen.lines.count("out of memory: going on with a token budget of 512") == 1
 
 
 def test_a_damaged_checkpoint_is_named(finished):
