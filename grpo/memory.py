@@ -4,8 +4,8 @@ With b bytes an element of the compute dtype, N x K the linears, L layers, D the
 A = heads * head_dim, V words, T packed tokens a micro-batch, C completion tokens in it, S sequences at once:
 
     weights      dense b N K; nf4 N K / 2 + 4 N K / 64 + 64; int4 N K / 2 + 4 N K / 32; all but the linears is dense
-    adapters     4 r (N + K) a linear, gradients as many bytes
-    optimizer    AdamW 8 bytes a trained value; in 8 bits 2 and two float32 scales for 256 values
+    adapters     4 r (N + K) a linear (2 in 16 bits), gradients as many bytes
+    optimizer    AdamW twice the adapters; in 8 bits 2 bytes a value and two float32 scales for 256
     layer        what one layer keeps and works in while it is computed again and differentiated, T tokens at once:
                  ``layer_bytes``. Graphs hold it from step to step
     KV cache     2 L b (KV heads * head_dim) * block_size * blocks, for S sequences of full length; rollout only
@@ -103,10 +103,11 @@ def trained_sizes(model, r, *, value_head=False):
     return sizes + [model.hidden_size + 1] * value_head
 
 
-def optimizer_bytes(sizes, name):
-    """Bytes of the optimiser's state for trained tensors of ``sizes`` values: "adamw" or "adamw8bit"."""
+def optimizer_bytes(sizes, name, itemsize=4):
+    """Bytes of the optimiser's state for trained tensors of ``sizes`` values of ``itemsize`` bytes: "adamw" or
+    "adamw8bit"."""
     if name == "adamw":
-        return sum(8 * size + 4 for size in sizes)
+        return sum(2 * itemsize * size + 4 for size in sizes)
     # bitsandbytes keeps what is below 4,096 values in float32, and one pair of code books.
     small = sum(8 * size for size in sizes if size < 4096)
     return small + sum(2 * size + 8 * -(-size // 256) for size in sizes if size >= 4096) + 2 * 256 * 4
@@ -175,7 +176,8 @@ def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
     completion = min(T, sequences * config.max_completion_length)
     T = TOKENS * -(-T // TOKENS)
     sizes = trained_sizes(model, config.lora_r, value_head=config.algorithm == "ppo")
-    trained, L, D = 4 * sum(sizes), model.num_hidden_layers, model.hidden_size
+    itemsize = getattr(torch, config.lora_dtype).itemsize
+    trained, L, D = itemsize * sum(sizes), model.num_hidden_layers, model.hidden_size
     kept, working = layer_bytes(model, b, T, quantize=config.quantize, r=config.lora_r)
     checkpointed = config.checkpoint_layers in (None, True)
     layer = kept + working + 2 * b * D * T + trained // L
@@ -195,7 +197,7 @@ def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
             "CUDA context": CONTEXT,
             "weights": weight_bytes(model, config.quantize, b),
             "adapters": trained,
-            "optimizer": optimizer_bytes(sizes, config.optimizer),
+            "optimizer": optimizer_bytes(sizes, config.optimizer, itemsize),
             "layer": layer,
         },
         rollout={

@@ -1,10 +1,11 @@
 """What a layer attends to: a packed tree of tokens (scoring, training) or the paged KV cache (prefill, decode).
 
-The transformer calls ``attend(layer, q, k, v)`` and knows nothing else about attention, so the very same modules
-serve every phase. Shapes: q (T, H, D); k, v (T, KVH, D); the result (T, H, D).
+The transformer calls ``attend(layer, q, k, v, cos, sin)`` and knows nothing else about attention, so the very same
+modules serve every phase. Shapes: q (T, H, D); k, v (T, KVH, D), before the rotary embedding, whose angles are cos
+and sin (T, D / 2) float32; the result (T, H, D).
 """
 
-from ..kernels import append_attention, paged_attention, store_kv, tree_attention, tree_plan
+from ..kernels import append_attention, paged_attention, rotary, store_kv, tree_attention, tree_plan
 
 
 class TreeAttention:
@@ -25,7 +26,8 @@ class TreeAttention:
             self.plan = tree_plan(q, k, self.key_end)
         return self.plan
 
-    def __call__(self, layer, q, k, v):
+    def __call__(self, layer, q, k, v, cos, sin):
+        q, k = rotary(q, k, cos, sin)
         return tree_attention(q, k, v, self.key_end, plan=self.plan_for(q, k))
 
 
@@ -47,13 +49,15 @@ class PagedAttention:
         self.context_lens = context_lens
         self.cu_seqlens_q = cu_seqlens_q
 
-    def __call__(self, layer, q, k, v):
+    def __call__(self, layer, q, k, v, cos, sin):
         k_cache, v_cache = self.cache.layer(layer)
         addresses = None if self.cache.addresses is None else self.cache.addresses[layer]
         if self.slot_mapping is None:
             return append_attention(
-                q, k, v, k_cache, v_cache, self.block_table, self.context_lens, addresses=addresses
-            )
+                q, k, v, k_cache, v_cache, self.block_table, self.context_lens,
+                addresses=addresses, rotation=(cos, sin),
+            )  # fmt: skip
+        q, k = rotary(q, k, cos, sin)
         store_kv(k[self.source], v[self.source], k_cache, v_cache, self.slot_mapping, addresses=addresses)
         return paged_attention(
             q, k_cache, v_cache, self.block_table, self.context_lens,

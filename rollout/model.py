@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import rms_norm, rotary, swiglu
+from ..kernels import rms_norm, swiglu
 from .linear import STACKS, StackedLinear, share_stacks
 from .recompute import LiveStep, PinnedStore, recompute_step
 
@@ -33,7 +33,7 @@ def rotary_frequencies(config):
 
 class DecoderLayer(nn.Module):
     """Launches a call of up to 64 16-bit rows on CUDA, with adapters: 4 linears of 3 (a base product that splits its
-    sums: 4), 2 norms, the rotary embedding, SwiGLU, one addition, and attention's own; 2 more for a norm of q and k.
+    sums: 4), 2 norms, SwiGLU, one addition, and attention's own, which rotates q and k; 2 more for a norm of these.
     """
 
     def __init__(self, config, index, weights):
@@ -67,7 +67,7 @@ class DecoderLayer(nn.Module):
         q, k, v = qkv.view(len(x), sum(self.heads), self.head_dim).split(self.heads, dim=1)
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
-        out = attend(self.index, *rotary(q, k, cos, sin), v)
+        out = attend(self.index, q, k, v, cos, sin)
         out = self.o_proj(out.flatten(-2))
         x, hidden_states = rms_norm(out, self.post_attention_norm, self.eps, residual=hidden_states)
         return hidden_states + self.down_proj(swiglu(self.gate_up_proj(x)))

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import re
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -83,9 +84,12 @@ class Policy:
     def add_adapters(self, lora, *, seed=0):
         """Attach fresh adapters in place of any others; untrained, they leave the base's output as it is."""
         check_targets(lora, self.config.architecture)
+        dtype = getattr(torch, lora.dtype)
+        if dtype not in (torch.float32, self.dtype):
+            raise ValueError(f"LoRA dtype must be float32 or the model's {self.dtype}, got {dtype}")
         generator = torch.Generator().manual_seed(seed)
         for _, linear in self.model.linears():
-            linear.add_adapters(lora.targets, lora.r, lora.alpha, generator)
+            linear.add_adapters(lora.targets, lora.r, lora.alpha, generator, dtype)
         self.lora = lora
 
     def adapters(self):
@@ -206,6 +210,8 @@ class Policy:
         """Replace the adapters by those of a folder in PEFT's format, made by this project or by PEFT."""
         shapes = {name: projection.shape for name, projection in self.model.projections()}
         lora, tensors = read_adapter(folder, shapes, architecture=self.config.architecture)
+        if self.lora is not None:
+            lora = replace(lora, dtype=self.lora.dtype)
         self._check_adapter_tensors(tensors, lora, source=str(folder))
         if self.lora is None or (self.lora.r, set(self.lora.targets)) != (lora.r, set(lora.targets)):
             self.add_adapters(lora)

@@ -148,6 +148,12 @@ def test_train_and_resume(tiny, capsys, tmp_path):
     assert main(["train", "--resume", out, "--steps", "5", "--resume-step", "3"]) == 0
     rows = [line.split("|")[0].strip() for line in capsys.readouterr().out.splitlines() if "|" in line]
     assert rows == ["Step", "4", "5"]
+    picture = tmp_path / "curves.png"
+    assert main(["curves", out, out, "--out", str(picture)]) == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert "has no steps to draw yet" in refused(capsys, "curves", out, "--out", str(picture))
+    assert "holds no run" in refused(capsys, "curves", str(tmp_path / "none"), "--out", str(picture))
     assert "--resume-step goes with --resume" in refused(capsys, "train", "--resume-step", "3")
 
 

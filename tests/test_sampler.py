@@ -375,6 +375,19 @@ def test_gpu_graphs_change_nothing(options):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("window", [5, 16])
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_gpu_looking_ahead_changes_nothing(cuda_graphs, window):
+    policy, params = gpu_policy(), SamplingParams(max_tokens=120, ignore_eos=True, repetition_penalty=1.1)
+    results = []
+    for ahead in (False, True, True):  # no row ends early: all compute the same shapes
+        sampler = Sampler(policy, window=window, cuda_graphs=cuda_graphs)
+        sampler.decoder.looks_ahead = ahead
+        results.append(sampler.generate(PROMPTS, params, group_size=4))
+    assert results[1] == results[0] and results[2] == results[0]
+
+
+@pytest.mark.gpu
 def test_gpu_graphs_live_through_other_seeds_optimiser_steps_and_a_moved_cache():
     policy = gpu_policy()
     sampler, seen = Sampler(policy, max_batch=8), set()
@@ -392,6 +405,31 @@ def test_gpu_graphs_live_through_other_seeds_optimiser_steps_and_a_moved_cache()
     with policy.disable_adapters():
         results = sampler.generate(PROMPTS[:1], PARAMS, group_size=8)
         assert results == Sampler(policy, cuda_graphs=False).generate(PROMPTS[:1], PARAMS, group_size=8)
+
+
+@pytest.mark.gpu
+def test_gpu_memory_given_back_and_optimiser_steps_leave_graphs_right():
+    policy = gpu_policy()
+    sampler = Sampler(policy, max_batch=8, kv_tokens=16 * 12)
+    optimizer = torch.optim.AdamW(policy.adapters().values(), lr=0.05)
+    params, seen = SamplingParams(max_tokens=24, ignore_eos=True), set()
+    sampler.generate(PROMPTS[:2], params, group_size=4)
+    graphs = set(sampler.decoder.graphs.captured)
+    for blocks in (14, 30, 16):
+        torch.cuda.empty_cache()  # the next cache stands elsewhere
+        hog = torch.full((blocks, 2**20), torch.nan, device="cuda")
+        held, sampler.kv_tokens = torch.cuda.memory_allocated(), 16 * blocks
+        results = sampler.generate(PROMPTS[:2], params, group_size=4)
+        assert torch.cuda.memory_allocated() == held, "keys and values are kept after the call"
+        assert results == Sampler(policy, cuda_graphs=False).generate(PROMPTS[:2], params, group_size=4)
+        seen.add(str(tokens(results)))
+        prompt, answer = PROMPTS[0], results[0][0].token_ids
+        ids = torch.tensor([*prompt, *answer], device="cuda")
+        policy.score(ids, torch.arange(len(ids), device="cuda") >= len(prompt)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        del hog
+    assert set(sampler.decoder.graphs.captured) == graphs and len(seen) == 3, "the adapters did not move"
 
 
 @pytest.mark.gpu

@@ -1,0 +1,41 @@
+"""Programmatic dependent launch: the programs of a kernel start while those of the kernel before it still end.
+
+A kernel launched with ``dependent_launch`` calls ``wait_for_inputs`` before it reads or writes anything that another
+kernel touches: from there on all earlier kernels have ended and their stores are seen. Between small kernels of a
+CUDA graph this hides most of the launch. sm_90 and later; elsewhere, and under the interpreter, both do nothing.
+
+See "Programmatic Dependent Launch and Synchronization" in NVIDIA's CUDA C++ Programming Guide.
+"""
+
+import triton
+import triton.language as tl
+
+from . import _runtime
+
+MIN_ARCH = 90
+
+
+def dependent_launch(tensor):
+    """Keyword arguments of a launch on ``tensor``'s device, for a kernel that has the constexpr ``PDL``."""
+    allowed = not _runtime.INTERPRET and _runtime.arch(tensor.device) >= MIN_ARCH
+    return {"PDL": allowed, "launch_pdl": allowed}
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Let the next kernel's programs start, and wait until all earlier kernels have ended."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(values, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Bring ``count`` <= BLOCK values to the L2 cache before the wait: a hint, right whoever writes them."""
+    if PDL:
+        LINE: tl.constexpr = 128 * 8 // values.dtype.element_ty.primitive_bitwidth
+        first = tl.arange(0, BLOCK // LINE if BLOCK > LINE else 1) * LINE
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
+            [(values + tl.minimum(first, count - 1)).to(tl.int64)], tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip

@@ -1,0 +1,380 @@
+"""Decode over a paged key-value cache: one query a sequence, with or without rotation and store of its last token.
+
+A context of C tokens is its last token, and splits of SPLIT tokens before it that are anchored at position 0:
+
+    of split s:      m_s = max_j x_j       l_s = sum_j 2^(x_j - m_s)       a_s = sum_j 2^(x_j - m_s) v_j
+    of the last:     m = x_{C-1}           l = 1                           a = v_{C-1}
+
+with x_j = log2(e) * scale * q . k_j in float32. The parts are folded in order, the last token last, into a / l.
+One program per (sequence, key head) reads each key and value once for all H / KVH query heads. Where these are too
+few to fill a card, up to ``PROGRAMS`` of them share a context's splits, and a second kernel folds the parts: which
+way a step takes depends on its shapes, but the parts, their order and so the bits do not. A sequence's result
+depends on neither its batch nor the width of the table.
+
+With ``cos`` and ``sin`` q and k are rotated in registers, rounded as ``rotary`` rounds them, and the cache gets the
+rotated key. The last token's key and value are taken from the arguments, so nothing waits for their store.
+
+For C tokens of context: 2 C KVH D elements read, 4 C H D FLOPs. Workspace, on the second way alone: S H (splits + 1)
+(D + 2) float32 values, splits = ceil(tokens of the table's width / SPLIT), held to ``WORKSPACE`` bytes by taking the
+sequences in chunks (of one at least).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _runtime
+from .dependent_launch import dependent_launch, wait_for_inputs
+from .kv_store import place
+from .rotary import turn
+
+PROGRAMS = 256  # programs that fill a card
+FAMILY = 8  # neighbouring sequences that may share the reading of a split
+WORKSPACE = 64 * 2**20  # bytes of workspace, unless one sequence needs more
+LOG2_E = 1.4426950408889634
+
+# Most bytes of a padded head row; SPLIT, warps, stages. One table for all cards: two tiles of keys and two of values
+# fit the 99 KiB of sm_86, sm_89 and sm_120.
+CONFIGS = ((128, (128, 4, 2)), (256, (64, 4, 2)), (512, (32, 4, 2)), (1024, (16, 4, 2)))
+
+
+@triton.jit
+def _fold(m, l, acc, m_part, l_part, part):
+    """Add a part to the (m, l, acc) of the parts before it. Explicit, so that every kernel rounds alike."""
+    m_new = tl.maximum(m, m_part)
+    shrink, grow = tl.exp2(m - m_new), tl.exp2(m_part - m_new)
+    l = tl.fma(l_part, grow, l * shrink)
+    if len(acc.shape) == 2:
+        acc = tl.fma(part, tl.broadcast_to(grow[:, None], acc.shape), acc * shrink[:, None])
+    else:
+        acc = tl.fma(part, tl.broadcast_to(grow, acc.shape), acc * shrink)
+    return m_new, l, acc
+
+
+@triton.jit
+def _split_blocks(table, n, last, PAGE: tl.constexpr):
+    """The cache blocks of tokens ``n``."""
+    return tl.load(table + n // PAGE, mask=n < last, other=0).to(tl.int64)
+
+
+@triton.jit
+def _load_split(
+    n, last, block, k_cache, v_cache, k_block, k_token, v_block, v_token,
+    D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Keys and values (SPLIT, BLOCK_D) of the tokens ``n`` before position ``last``, in cache blocks ``block``."""
+    d = tl.arange(0, BLOCK_D)
+    stored = n < last
+    # Absent keys and values load as zeros: what an unused slot holds must not reach a product.
+    mask = stored[:, None] & (d < D)[None, :]
+    k_at = k_cache + (block * k_block + n % PAGE * k_token)[:, None] + d[None, :]
+    v_at = v_cache + (block * v_block + n % PAGE * v_token)[:, None] + d[None, :]
+    return tl.load(k_at, mask=mask, other=0.0), tl.load(v_at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _split_part(queries, key, value, stored, scale_log2):
+    """(m, l, a) of the keys that are ``stored``, for rows of queries."""
+    scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale_log2
+    scores = tl.where(stored[None, :], scores, float("-inf"))
+    m = tl.max(scores, 1)
+    p = tl.exp2(scores - m[:, None])
+    return m, tl.sum(p, 1), tl.dot(p.to(value.dtype), value, input_precision="ieee")
+
+
+@triton.jit
+def _heads(
+    x, cos, sin, row, angle_row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Rows of heads (rows, BLOCK_D), rotated where cos is given and rounded as ``rotary`` rounds; zero beyond mask.
+
+    row and angle_row: offsets of each row in x and in cos and sin.
+    """
+    d = tl.arange(0, BLOCK_D)
+    mask = mask[:, None] & (d < D)[None, :]
+    values = tl.load(x + row[:, None] + d[None, :], mask=mask, other=0.0)
+    if cos is not None:
+        HALF: tl.constexpr = D // 2
+        other, angle = tl.where(d < HALF, d + HALF, d - HALF), tl.where(d < HALF, d, d - HALF)
+        partner = tl.load(x + row[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
+        at = angle_row[:, None] + angle[None, :]
+        c, s = tl.load(cos + at, mask=mask, other=0.0), tl.load(sin + at, mask=mask, other=0.0)
+        partner = tl.where((d < HALF)[None, :], -partner, partner)
+        values = turn(values.to(tl.float32), partner, c, s).to(values.dtype)
+    return values
+
+
+@triton.jit
+def _last_part(
+    queries, k, v, cos, sin, k_cache, v_cache, table, last, scale_log2, k_row, v_row, angle_row, k_block, k_token,
+    v_block, v_token, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(m, a) of the token at ``last``, which is stored first where k and v bring it."""
+    d = tl.arange(0, BLOCK_D)
+    there = (d < D) & (last >= 0)
+    block = tl.load(table + last // PAGE, mask=last >= 0, other=0).to(tl.int64)
+    k_at = k_cache + block * k_block + last % PAGE * k_token + d
+    v_at = v_cache + block * v_block + last % PAGE * v_token + d
+    if k is None:
+        key, value = tl.load(k_at, mask=there, other=0.0)[None, :], tl.load(v_at, mask=there, other=0.0)
+    else:
+        one = tl.zeros([1], tl.int64)
+        key = _heads(k, cos, sin, one + k_row, one + angle_row, one == 0, D, BLOCK_D)
+        value = tl.load(v + v_row + d, mask=there, other=0.0)
+        tl.store(k_at[None, :], key, mask=there[None, :])
+        tl.store(v_at, value, mask=there)
+    m = tl.sum(queries.to(tl.float32) * key.to(tl.float32), 1) * scale_log2
+    return m, tl.broadcast_to(value.to(tl.float32)[None, :], queries.shape)
+
+
+@triton.jit
+def _walk_kernel(
+    q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, addresses, out, scale_log2,
+    table_row, q_token, q_head, new_k_token, new_k_head, new_v_token, new_v_head, cos_token,
+    out_token, out_head, k_block, k_token, k_head, v_block, v_token, v_head,
+    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, key head) takes all splits in order and folds them."""
+    wait_for_inputs(PDL)
+    sequence, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    last = tl.load(context_lens + sequence) - 1
+    k_cache = place(k_cache, addresses, 0) + kv_head * k_head
+    v_cache = place(v_cache, addresses, 1) + kv_head * v_head
+    table = block_table + sequence * table_row
+    row, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    head = kv_head * GROUP + row
+    n = tl.arange(0, SPLIT)
+    blocks = _split_blocks(table, n, last, PAGE)  # ahead of all that would wait for another load
+    queries = _heads(
+        q,
+        cos,
+        sin,
+        sequence * q_token + head * q_head,
+        sequence * cos_token + 0 * row,
+        row < GROUP,
+        D,
+        BLOCK_D,
+    )
+    m = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    for _ in range(tl.cdiv(last, SPLIT)):
+        key, value = _load_split(
+            n, last, blocks, k_cache, v_cache, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D
+        )
+        m_part, l_part, part = _split_part(queries, key, value, n < last, scale_log2)
+        n += SPLIT
+        blocks = _split_blocks(table, n, last, PAGE)
+        m, l, acc = _fold(m, l, acc, m_part, l_part, part)
+    if last >= 0:
+        m_part, part = _last_part(
+            queries, k, v, cos, sin, k_cache, v_cache, table, last, scale_log2,
+            sequence * new_k_token + kv_head * new_k_head, sequence * new_v_token + kv_head * new_v_head,
+            sequence * cos_token, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D,
+        )  # fmt: skip
+        m, l, acc = _fold(m, l, acc, m_part, tl.full([BLOCK_G], 1.0, tl.float32), part)
+    result = acc / tl.where(l > 0, l, 1.0)[:, None]  # an empty context gives zero
+    to = out + sequence * out_token + head[:, None] * out_head + d[None, :]
+    tl.store(to, result.to(out.dtype.element_ty), mask=(row < GROUP)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _family(
+    table, context_lens, sequence, sequences, split, table_row,
+    PAGE: tl.constexpr, SPLIT: tl.constexpr, FAMILY: tl.constexpr,
+):  # fmt: skip
+    """How many sequences from this one on have this split, full, in the same blocks; 0: an earlier one speaks for it.
+
+    None across a multiple of FAMILY.
+    """
+    PAGES: tl.constexpr = SPLIT // PAGE if SPLIT > PAGE else 1
+    base = sequence // FAMILY * FAMILY
+    member, page = tl.arange(0, FAMILY), tl.arange(0, PAGES)
+    i = base + member
+    before = tl.maximum(i - 1, base)
+    end = (split + 1) * SPLIT
+    full = tl.load(context_lens + i, mask=i < sequences, other=0) > end
+    full &= tl.load(context_lens + before, mask=i < sequences, other=0) > end
+    at = (split * SPLIT // PAGE + page)[None, :]
+    mask = full[:, None] & (page >= 0)[None, :]
+    own = tl.load(table + i[:, None] * table_row + at, mask=mask, other=0)
+    earlier = tl.load(table + before[:, None] * table_row + at, mask=mask, other=0)
+    joined = full & (member > 0) & (tl.max((own != earlier).to(tl.int32), 1) == 0)
+    led = tl.max(((i == sequence) & joined).to(tl.int32), 0)
+    stop = tl.min(tl.where((i > sequence) & (joined == 0), member, FAMILY), 0)
+    return tl.where(led > 0, 0, base + stop - sequence)
+
+
+@triton.jit
+def _parts_kernel(
+    q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, addresses, partial, stats, scale_log2,
+    sequences, slots, table_row, q_token, q_head, new_k_token, new_k_head, new_v_token, new_v_head, cos_token,
+    k_block, k_token, k_head, v_block, v_token, v_head,
+    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, FAMILY: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, key head, p) leaves the parts of splits p, p + P, ... and program P of the last token."""
+    wait_for_inputs(PDL)
+    sequence, kv_head, program = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    last = tl.load(context_lens + sequence) - 1
+    programs = tl.num_programs(2) - 1
+    if (program * SPLIT >= last) & (program < programs):
+        return
+    k_cache = place(k_cache, addresses, 0) + kv_head * k_head
+    v_cache = place(v_cache, addresses, 1) + kv_head * v_head
+    table = block_table + sequence * table_row
+    row, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    head, heads = kv_head * GROUP + row % GROUP, tl.num_programs(1) * GROUP
+    TOGETHER: tl.constexpr = BLOCK_G // GROUP if FAMILY > 1 else 1
+    splits = tl.where(program < programs, tl.cdiv(last, SPLIT), 0)
+    for split in range(program, splits, programs):
+        n = split * SPLIT + tl.arange(0, SPLIT)
+        blocks = _split_blocks(table, n, last, PAGE)
+        members = tl.full([], 1, tl.int64)
+        if FAMILY > 1:
+            members = _family(
+                block_table, context_lens, sequence, sequences, split, table_row, PAGE, SPLIT, FAMILY
+            )
+        if members > 0:
+            key, value = _load_split(
+                n, last, blocks, k_cache, v_cache, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D
+            )
+            for first in tl.range(0, members, TOGETHER, num_stages=1):
+                member = first + row // GROUP
+                inside = (member < members) & (row < TOGETHER * GROUP)
+                owner = sequence + member
+                queries = _heads(
+                    q, cos, sin, owner * q_token + head * q_head, owner * cos_token, inside, D, BLOCK_D
+                )
+                m, l, part = _split_part(queries, key, value, n < last, scale_log2)
+                slot = (owner * heads + head) * slots + split
+                tl.store(stats + slot * 2, m, mask=inside)
+                tl.store(stats + slot * 2 + 1, l, mask=inside)
+                tl.store(
+                    partial + slot[:, None] * D + d[None, :], part, mask=inside[:, None] & (d < D)[None, :]
+                )
+    if program == programs and last >= 0:
+        inside = row < GROUP
+        queries = _heads(
+            q,
+            cos,
+            sin,
+            sequence * q_token + head * q_head,
+            sequence * cos_token + 0 * row,
+            inside,
+            D,
+            BLOCK_D,
+        )
+        m, part = _last_part(
+            queries, k, v, cos, sin, k_cache, v_cache, table, last, scale_log2,
+            sequence * new_k_token + kv_head * new_k_head, sequence * new_v_token + kv_head * new_v_head,
+            sequence * cos_token, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D,
+        )  # fmt: skip
+        slot = (sequence * heads + head) * slots + tl.cdiv(last, SPLIT)
+        tl.store(stats + slot * 2, m, mask=inside)
+        tl.store(stats + slot * 2 + 1, tl.full([BLOCK_G], 1.0, tl.float32), mask=inside)
+        tl.store(partial + slot[:, None] * D + d[None, :], part, mask=inside[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _merge_kernel(
+    partial, stats, context_lens, out, slots, out_token, out_head,
+    D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out of one (sequence, head): its parts folded in order, AHEAD of them loaded together."""
+    wait_for_inputs(PDL)
+    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    first = (sequence * tl.num_programs(1) + head) * slots
+    last = tl.load(context_lens + sequence) - 1
+    parts = tl.where(last < 0, 0, tl.cdiv(last, SPLIT) + 1)
+    m, l = float("-inf"), 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for begin in range(0, parts, AHEAD):
+        loaded = ()
+        for i in tl.static_range(AHEAD):
+            at, there = first + begin + i, begin + i < parts
+            loaded = loaded + (
+                (
+                    tl.load(stats + 2 * at, mask=there, other=float("-inf")),
+                    tl.load(stats + 2 * at + 1, mask=there, other=0.0),
+                    tl.load(partial + at * D + d, mask=there & (d < D), other=0.0),
+                ),
+            )
+        for i in tl.static_range(AHEAD):
+            m, l, acc = _fold(m, l, acc, loaded[i][0], loaded[i][1], loaded[i][2])
+    result = acc / tl.where(l > 0, l, 1.0)
+    tl.store(out + sequence * out_token + head * out_head + d, result.to(out.dtype.element_ty), mask=d < D)
+
+
+def head_block(q):
+    """The head dimension of ``q``, padded to what tiles can have."""
+    return max(16, triton.next_power_of_2(q.shape[2]))
+
+
+def config(q):
+    """SPLIT, warps and stages of decode for queries like ``q``."""
+    width = head_block(q) * q.element_size()
+    return next(tiles for most, tiles in CONFIGS if width <= most)
+
+
+def contiguous_rows(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def paged_decode(q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, scale, addresses):
+    """Decode; with ``k`` and ``v`` these are stored as the last of each context, else they stand there already."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if len(q) == 0:
+        return out
+    q, table, lens = contiguous_rows(q), block_table.contiguous(), context_lens.contiguous()
+    (tokens, heads, dim), (page, kv_heads) = q.shape, k_cache.shape[1:3]
+    split, warps, stages = config(q)
+    strides = [*q.stride()[:2], 0, 0, 0, 0, 0]
+    if k is not None:
+        k, v = contiguous_rows(k), contiguous_rows(v)
+        strides[2:6] = *k.stride()[:2], *v.stride()[:2]
+    if cos is not None:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        strides[6] = cos.stride(0)
+    caches = *k_cache.stride()[:3], *v_cache.stride()[:3]
+    group = heads // kv_heads
+    layout = {
+        "GROUP": group,
+        "D": dim,
+        "PAGE": page,
+        "SPLIT": split,
+        "BLOCK_G": max(16, triton.next_power_of_2(group)),
+        "BLOCK_D": head_block(q),
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+    launch = dependent_launch(q)
+    splits = triton.cdiv(table.shape[1] * page, split)
+    programs = min(splits, triton.cdiv(PROGRAMS, tokens * kv_heads))
+    if programs <= 1:
+        with _runtime.launch_on(q):
+            _walk_kernel[(tokens, kv_heads)](
+                q, k, v, cos, sin, k_cache, v_cache, table, lens, addresses, out, scale * LOG2_E, table.stride(0),
+                *strides, *out.stride()[:2], *caches, **layout, **launch,
+            )  # fmt: skip
+        return out
+    slots = splits + 1
+    chunk = min(tokens, max(1, WORKSPACE // (4 * heads * slots * (dim + 2))))
+    partial = torch.empty(chunk * heads * slots * dim, dtype=torch.float32, device=q.device)
+    stats = torch.empty(chunk * heads * slots * 2, dtype=torch.float32, device=q.device)
+    for start in range(0, tokens, chunk):
+        rows = slice(start, min(start + chunk, tokens))
+        some = [x if x is None or chunk == tokens else x[rows] for x in (q, k, v, cos, sin, table, lens, out)]
+        *new, some_table, some_lens, some_out = some
+        with _runtime.launch_on(q):
+            _parts_kernel[(len(some_lens), kv_heads, programs + 1)](
+                *new, k_cache, v_cache, some_table, some_lens, addresses, partial, stats, scale * LOG2_E,
+                len(some_lens), slots, table.stride(0), *strides, *caches, FAMILY=FAMILY, **layout, **launch,
+            )  # fmt: skip
+            _merge_kernel[(len(some_lens), heads)](
+                partial, stats, some_lens, some_out, slots, *out.stride()[:2], D=dim, SPLIT=split,
+                BLOCK_D=head_block(q), AHEAD=4, num_warps=1, **launch,
+            )  # fmt: skip
+    return out
