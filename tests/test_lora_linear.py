@@ -377,7 +377,9 @@ def test_operators_pass_opcheck(format, parts, device):
     operands, layout = (x, tensors, a, b, columns, 0.7), (quant_block, first_block)
     torch.library.opcheck(torch.ops.nanogrpo.lora_linear, (*operands, bias, *layout))
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(torch.ops.nanogrpo.lora_linear_bwd, (dy, *operands, *layout, *needs, a.dtype, b.dtype))
+        torch.library.opcheck(
+            torch.ops.nanogrpo.lora_linear_bwd, (dy, *operands, *layout, *needs, a.dtype, b.dtype)
+        )
 
 
 @pytest.mark.skipif(INTERPRET, reason="torch.compile does not trace the interpreter")

@@ -22,7 +22,7 @@ from nanogrpo.grpo.memory import (
     weight_bytes,
 )
 from nanogrpo.grpo.optimizer import make_optimizer
-from nanogrpo.kernels import QuantizedWeight
+from nanogrpo.kernels import QuantizedWeight, rotary
 from nanogrpo.rollout import LoraConfig, ModelConfig, Policy
 from nanogrpo.rollout import model as rollout_model
 from nanogrpo.rollout.checkpoint import expected_tensors
@@ -156,6 +156,10 @@ class Gated(torch.autograd.Function):
         return ctx.saved_tensors[0].clone()
 
 
+def attended(layer, q, k, v, cos, sin):
+    return Attended.apply(*rotary(q, k, cos, sin), v)
+
+
 def training_peak(model, sequences, *, checkpoint_layers):
     generator = torch.Generator().manual_seed(0)
     shapes = expected_tensors(model).items()
@@ -167,7 +171,7 @@ def training_peak(model, sequences, *, checkpoint_layers):
         parameter.grad = torch.zeros_like(parameter)  # counted apart
     tree = pack_tree(sequences)
     with Watch() as watch:
-        hidden_states = policy.model(tree.input_ids, tree.positions, lambda layer, *qkv: Attended.apply(*qkv))
+        hidden_states = policy.model(tree.input_ids, tree.positions, attended)
         hidden_states.float().square().sum().backward()
         del hidden_states
     return watch.peak, tree.input_ids.numel()
