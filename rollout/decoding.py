@@ -21,15 +21,8 @@ from .sampling import sample
 
 LOGIT_BYTES = 80 * 2**20  # logits that exist at once on a GPU
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)  # rows of a captured step; then by 64
-PREFILL_BUCKETS = (
-    32,
-    64,
-    128,
-    192,
-    256,
-    384,
-    512,
-)  # tokens of a captured prefill; beyond, launches are hidden
+PREFILL_BUCKETS = (32, 64, 128, 192, 256, 384, 512)  # tokens of a captured prefill
+PREFILL_SEQUENCES = (8, 64, 512)  # of a captured prefill; those without tokens cost next to nothing
 MIN_WIDTH = 16  # blocks of the narrowest block table
 
 
@@ -179,6 +172,14 @@ class DecodeRun:
         _copy(state.staged[self.changed], state.inputs[self.changed])
         self.changed = slice(state.growing, None)
 
+    def move(self, state, step):
+        """Go on in a ``state`` of as many rows and another width, which the device fills with what it has."""
+        _copy(self.state.inputs[: state.growing], state.inputs[: state.growing])
+        if state.seen is not None:
+            _copy(self.state.seen, state.seen)
+        state.staged[state.growing :] = 0
+        self.state, self.step, self.blocks = state, step, [0] * len(self.sequences)
+
     def advance(self, steps):
         """Let the open window take ``steps`` more, for which the block tables must have room."""
         for _ in range(steps):
@@ -205,7 +206,7 @@ class DecodeRun:
 
 
 def _copy(source, destination):
-    """Start a copy between a GPU and pinned memory; returns what waits for its end. On the CPU it is done at once."""
+    """Start a copy, to or from pinned memory or on a GPU; returns what waits for its end. On the CPU it is done."""
     destination.copy_(source, non_blocking=True)
     if not (source.is_cuda or destination.is_cuda):
         return lambda: None
@@ -283,7 +284,7 @@ class Decoder:
         width = max(len(s.block_table) for s, _ in parts)
         small = self.on_gpu and tokens <= PREFILL_BUCKETS[-1]
         if small:  # the launches take longer than the work; without graphs too a GPU computes these shapes
-            tokens, sequences = _bucket(tokens, PREFILL_BUCKETS), _bucket(sequences, BUCKETS)
+            tokens, sequences = _bucket(tokens, PREFILL_BUCKETS), _bucket(sequences, PREFILL_SEQUENCES)
             width = _table_width(width)
         elif not self.on_gpu:
             tokens = max(tokens, MIN_ROWS)
@@ -292,40 +293,55 @@ class Decoder:
             state = PrefillState(tokens, sequences, width, self.policy.device)
             return state, lambda: prefill_step(self.policy.model, cache, state)
 
-        if small and self.graphs is not None:
-            state, run = self.graphs.get(("prefill", tokens, sequences, width, cache.block_size), make)
-        else:
-            state, run = make()
+        key = "prefill", tokens, sequences, width, cache.block_size
+        state, run = self._step(cache, key, make) if small else make()
         state.fill(parts, cache.block_size)
         run()
         return state.hidden_states
 
-    def start(self, cache, sequences, steps, *, window):
-        """A ``DecodeRun`` of ``sequences``. steps: of its first window; window: the most of any window."""
-        batch, width = self._shape(sequences)
+    def prepare(self, cache, sequences, window):
+        """Have a step for ``sequences`` captured and checked while the device has other work to do."""
+        if self.graphs is not None:
+            self._decode_step(cache, *self._shape(sequences), window)
 
+    def start(self, cache, sequences, steps, window):
+        """A ``DecodeRun`` of ``sequences``. steps: of its first window; window: the most of any window."""
+        state, step = self._decode_step(cache, *self._shape(sequences), window)
+        if steps == 1 and not (self.on_gpu or self.looks_ahead):
+            state.share(sequences)
+        return DecodeRun(state, step, sequences, self.draw.params.max_tokens)
+
+    def open(self, cache, run):
+        """Begin a window of ``run``, on a wider block table if its sequences have outgrown it."""
+        _, width = self._shape(run.sequences)
+        if width > run.state.width:
+            run.move(*self._decode_step(cache, run.state.batch, width, len(run.state.record)))
+        run.open()
+
+    def fits(self, run, sequences):
+        """Whether ``sequences``, those of ``run`` that have not ended, would now be given as many rows."""
+        return bool(sequences) and self._shape(sequences)[0] == run.state.batch
+
+    def _shape(self, sequences):
+        width = _table_width(max(len(s.block_table) for s in sequences))
+        return _bucket(len(sequences), BUCKETS) if self.on_gpu else len(sequences), width
+
+    def _decode_step(self, cache, batch, width, window):
         def make():
             penalty = self.draw.params.repetition_penalty != 1
             vocab_size = self.policy.config.vocab_size if penalty else None
             state = DecodeState(batch, width, window, self.policy.device, vocab_size=vocab_size)
             return state, lambda: decode_step(self.policy.model, cache, self.draw, state)
 
-        if self.graphs is not None:
-            key = "decode", batch, width, window, cache.block_size, self.draw.key
-            state, run = self.graphs.get(key, make)
-        else:
-            state, run = make()
-            if steps == 1 and not (self.on_gpu or self.looks_ahead):
-                state.share(sequences)
-        return DecodeRun(state, run, sequences, self.draw.params.max_tokens)
+        return self._step(cache, ("decode", batch, width, window, cache.block_size, self.draw.key), make)
 
-    def fits(self, run, sequences):
-        """Whether ``sequences``, those of ``run`` that have not ended, would now be given the same shapes."""
-        return bool(sequences) and self._shape(sequences) == (run.state.batch, run.state.width)
-
-    def _shape(self, sequences):
-        width = max(len(s.block_table) for s in sequences)
-        return _bucket(len(sequences), BUCKETS) if self.on_gpu else len(sequences), _table_width(width)
+    def _step(self, cache, key, make):
+        """(state, run) of a step; a captured one is checked against the policy once a cache."""
+        if self.graphs is None:
+            return make()
+        if key not in cache.steps:
+            cache.steps[key] = self.graphs.get(key, make)
+        return cache.steps[key]
 
 
 def _bucket(count, buckets):

@@ -102,7 +102,7 @@ class KVCache:
     Strides do not depend on num_blocks, and a block of all layers is one piece of memory. On a GPU ``addresses``
     (layers, 2) int64 holds where the keys and the values of each layer begin: kernels that were captured in a CUDA
     graph read it when they run, so a graph serves a later cache of other size and place, given the same
-    ``addresses``.
+    ``addresses``. steps: the captured steps that have been looked up for this cache, by key.
     """
 
     def __init__(self, config, num_blocks, block_size, *, device, dtype, addresses=None):
@@ -111,6 +111,7 @@ class KVCache:
         layers = config.num_hidden_layers
         shape = (num_blocks, layers, 2, block_size, config.num_key_value_heads, config.head_dim)
         self.data = torch.empty(shape, device=device, dtype=dtype)
+        self.steps = {}
         self.addresses = addresses
         if addresses is not None:
             step = self.data.stride(2) * dtype.itemsize

@@ -38,7 +38,7 @@ class Sampler:
     @torch.inference_mode(False)  # what is kept between calls must stay writable outside of it
     def __init__(
         self, policy, *, max_batch=64, kv_memory=None, kv_tokens=None, block_size=16, window=None,
-        cuda_graphs=True, prefill_tokens=2048,
+        cuda_graphs=True, prefill_tokens=None,
     ):  # fmt: skip
         """None of these changes a completion, as far as products do not depend on the number of rows.
 
@@ -50,7 +50,7 @@ class Sampler:
             block_size: tokens a KV block, a power of two of at least 16.
             window: decode steps between two looks of the host at what was drawn; None: 16 on a GPU, 1 on the CPU.
             cuda_graphs: capture steps on a GPU, and keep them for later calls.
-            prefill_tokens: most tokens of one prefill.
+            prefill_tokens: most tokens of one prefill; None: 512 on a GPU, which are captured, 2048 on the CPU.
         """
         positive = {"max_batch": max_batch, "window": window, "prefill_tokens": prefill_tokens}
         for name, value in positive.items():
@@ -66,7 +66,7 @@ class Sampler:
         self.kv_tokens = kv_tokens
         self.block_size = block_size
         self.window = window or (16 if policy.device.type == "cuda" else 1)
-        self.prefill_tokens = prefill_tokens
+        self.prefill_tokens = prefill_tokens or (512 if policy.device.type == "cuda" else 2048)
         self.decoder = Decoder(policy, graphs=cuda_graphs)
 
     @torch.inference_mode(False)
@@ -107,21 +107,20 @@ class Sampler:
                 looks = self._decode(cache, scheduler, params)
             for sequences, drawn in looks:
                 self._extend(sequences, drawn, params)
+                ended = [sequence for sequence in sequences if sequence.finish_reason]
+                for sequence, completion in zip(ended, self._complete(ended, params), strict=True):
+                    scheduler.finish(sequence)
+                    results[sequence.prompt_index][sequence.group_index] = completion
                 if on_text is not None:
-                    self._stream(sequences, params, streams, on_text)
-                for sequence in sequences:
-                    if sequence.finish_reason:
-                        scheduler.finish(sequence)
-                        completion = self._complete(sequence, params)
-                        results[sequence.prompt_index][sequence.group_index] = completion
+                    self._stream(sequences, results, streams, params.stop, on_text)
         return results
 
-    def _stream(self, sequences, params, streams, on_text):
+    def _stream(self, sequences, results, streams, stop, on_text):
         for sequence in sequences:
-            key = sequence.prompt_index, sequence.group_index
-            stream = streams.setdefault(key, TextStream(self.policy.tokenizer.decode, params.stop))
+            key = prompt, member = sequence.prompt_index, sequence.group_index
+            stream = streams.setdefault(key, TextStream(self.policy.tokenizer.decode, stop))
             if sequence.finish_reason:
-                piece = stream.finish(self._complete(sequence, params).text)
+                piece = stream.finish(results[prompt][member].text)
             else:
                 piece = stream.grow(sequence.completion)
             if piece:
@@ -191,6 +190,7 @@ class Sampler:
                 some = slice(start, start + self.decoder.draw.most_rows)
                 ends = hidden_states[on_device(rows[some], self.policy.device)]
                 launched.append(self._draw_first(cache, scheduler, leaders[some], ends, params))
+        self.decoder.prepare(cache, scheduler.running, self.window)
         for sequences, drawn in launched:  # read after all launches: the device need not wait in between
             yield sequences, [x[None].cpu().numpy() for x in drawn]
 
@@ -234,14 +234,14 @@ class Sampler:
         """Let the running sequences draw until they are to be others: yields (sequences, drawn) at each look."""
         steps = scheduler.grow(min(self.window, scheduler.remaining()))
         sequences = list(scheduler.running)
-        run = self.decoder.start(cache, sequences, steps, window=self.window)
-        run.open()
+        run = self.decoder.start(cache, sequences, steps, self.window)
+        self.decoder.open(cache, run)
         run.advance(steps)
         while run.steps:
             run.close()
             steps = self._next_steps(scheduler, run, params)
             if steps:
-                run.open()
+                self.decoder.open(cache, run)
                 run.advance(min(steps, AHEAD))
             drawn = run.read()
             alive = [row for row, sequence in enumerate(sequences) if not sequence.finish_reason]
@@ -301,13 +301,14 @@ class Sampler:
         ends = () if params.ignore_eos else self.policy.tokenizer.eos_token_ids
         return {*ends, *params.stop_token_ids}
 
-    def _complete(self, sequence, params):
-        text = self.policy.tokenizer.decode(sequence.completion)
-        cut = min((text.index(stop) for stop in params.stop if stop in text), default=len(text))
-        return Completion(
-            token_ids=sequence.completion,
-            logprobs=sequence.logprobs,
-            finish_reason=sequence.finish_reason,
-            text=text[:cut],
-            kept_mass=sequence.kept_mass if params.filters else None,
-        )
+    def _complete(self, sequences, params):
+        """The ``Completion`` of each of ``sequences``, which have ended."""
+        completions = []
+        texts = self.policy.tokenizer.decode_batch([s.completion for s in sequences])
+        for sequence, text in zip(sequences, texts, strict=True):
+            cut = min((text.index(stop) for stop in params.stop if stop in text), default=len(text))
+            kept = sequence.kept_mass if params.filters else None
+            completions.append(
+                Completion(sequence.completion, sequence.logprobs, sequence.finish_reason, text[:cut], kept)
+            )
+        return completions

@@ -28,11 +28,15 @@ class LateDevice:
 
     def __init__(self, monkeypatch):
         self.queue, self.done, self.behind = deque(), 0, []
-        make, copy, read, prefill = DecodeRun.__init__, decoding._copy, DecodeRun.read, Decoder.prefill
+        make, move, read = DecodeRun.__init__, DecodeRun.move, DecodeRun.read
+        copy, prefill = decoding._copy, Decoder.prefill
 
         def late_run(run, state, step, *others):
             assert not self.queue, "a run begins on a state that has steps to do"
             make(run, state, lambda: self.queue.append(step), *others)
+
+        def late_move(run, state, step):
+            move(run, state, lambda: self.queue.append(step))
 
         def late_copy(source, destination):
             self.queue.append(lambda: copy(source, destination))
@@ -49,6 +53,7 @@ class LateDevice:
             return prefill(*arguments)
 
         monkeypatch.setattr(DecodeRun, "__init__", late_run)
+        monkeypatch.setattr(DecodeRun, "move", late_move)
         monkeypatch.setattr(decoding, "_copy", late_copy)
         monkeypatch.setattr(DecodeRun, "read", watched_read)
         monkeypatch.setattr(Decoder, "prefill", prefill_of_a_quiet_device)
@@ -180,6 +185,25 @@ def test_streams_do_not_change(policy, stop, monkeypatch):
     for prompt, group in enumerate(expected):
         for member, completion in enumerate(group):
             assert "".join(pieces.get((prompt, member), [])) == completion.text
+
+
+def test_block_tables_grow_wider_without_a_look(policy, monkeypatch):
+    prompts = [[(5 * i) % 90 for i in range(240)], [3, 4], [7]]
+    params = SamplingParams(max_tokens=40, seed=2, ignore_eos=True, repetition_penalty=1.2)
+    expected = Sampler(policy).generate(prompts, params, group_size=3)
+    LateDevice(monkeypatch)
+    widths, move, runs, make = [], DecodeRun.move, [], DecodeRun.__init__
+
+    def watched_move(run, state, step):
+        widths.append((run.state.width, state.width))
+        move(run, state, step)
+
+    monkeypatch.setattr(DecodeRun, "move", watched_move)
+    monkeypatch.setattr(DecodeRun, "__init__", lambda run, *a: (runs.append(run), make(run, *a))[1])
+    for kept in (False, True):
+        results = sampler_of(policy, window=8, kept=kept).generate(prompts, params, group_size=3)
+        assert [[c.token_ids for c in g] for g in results] == [[c.token_ids for c in g] for g in expected]
+    assert widths == [(16, 64)] * 2 and len(runs) == 2
 
 
 def test_no_step_is_launched_beyond_the_longest_completion(policy, monkeypatch):

@@ -1,5 +1,8 @@
 """Rollouts of a tiny model: log-probs equal those of scoring, and nothing but the key of the noise matters."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from checkpoints import small_config
@@ -374,6 +377,23 @@ def test_gpu_graphs_change_nothing(options):
     assert len(sampler.decoder.graphs.captured) == graphs, "a second call captured again"
 
 
+def test_the_cache_is_given_back_when_the_call_returns(policy, monkeypatch):
+    caches, make = [], KVCache.__init__
+    monkeypatch.setattr(
+        KVCache, "__init__", lambda self, *a, **k: (caches.append(weakref.ref(self)), make(self, *a, **k))[1]
+    )
+    sampler = Sampler(policy, window=4)
+    gc.collect()
+    gc.disable()  # no cycle may hold it
+    try:
+        for looks_ahead in (False, True):
+            sampler.decoder.looks_ahead = looks_ahead
+            sampler.generate(PROMPTS, PARAMS, group_size=4)
+            assert caches and not any(cache() for cache in caches)
+    finally:
+        gc.enable()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [5, 16])
 @pytest.mark.parametrize("cuda_graphs", [False, True])
@@ -408,19 +428,23 @@ def test_gpu_graphs_live_through_other_seeds_optimiser_steps_and_a_moved_cache()
 
 
 @pytest.mark.gpu
-def test_gpu_memory_given_back_and_optimiser_steps_leave_graphs_right():
+def test_gpu_memory_given_back_and_optimiser_steps_leave_graphs_right(monkeypatch):
+    caches, make = [], KVCache.__init__
+    monkeypatch.setattr(
+        KVCache, "__init__", lambda self, *a, **k: (caches.append(weakref.ref(self)), make(self, *a, **k))[1]
+    )
     policy = gpu_policy()
-    sampler = Sampler(policy, max_batch=8, kv_tokens=16 * 12)
+    sampler = Sampler(policy, max_batch=8)
     optimizer = torch.optim.AdamW(policy.adapters().values(), lr=0.05)
     params, seen = SamplingParams(max_tokens=24, ignore_eos=True), set()
     sampler.generate(PROMPTS[:2], params, group_size=4)
     graphs = set(sampler.decoder.graphs.captured)
-    for blocks in (14, 30, 16):
-        torch.cuda.empty_cache()  # the next cache stands elsewhere
-        hog = torch.full((blocks, 2**20), torch.nan, device="cuda")
-        held, sampler.kv_tokens = torch.cuda.memory_allocated(), 16 * blocks
+    for blocks in (24, 60, 30):  # all hold every sequence at once
+        torch.cuda.empty_cache()
+        hog = torch.full((blocks, 2**20), torch.nan, device="cuda")  # the next cache stands elsewhere
+        sampler.kv_tokens = 16 * blocks
         results = sampler.generate(PROMPTS[:2], params, group_size=4)
-        assert torch.cuda.memory_allocated() == held, "keys and values are kept after the call"
+        assert caches and not any(cache() for cache in caches), "keys and values are kept after the call"
         assert results == Sampler(policy, cuda_graphs=False).generate(PROMPTS[:2], params, group_size=4)
         seen.add(str(tokens(results)))
         prompt, answer = PROMPTS[0], results[0][0].token_ids
