@@ -35,7 +35,7 @@ LOG2_E = 1.4426950408889634
 
 # Most bytes of a padded head row; SPLIT, warps, stages. One table for all cards: two tiles of keys and two of values
 # fit the 99 KiB of sm_86, sm_89 and sm_120.
-CONFIGS = ((128, (4, 32)), (256, (4, 16)), (512, (4, 16)), (1024, (2, 16)))
+CONFIGS = ((128, (4, 32)), (256, (4, 16)), (512, (2, 16)), (1024, (2, 16)))
 
 
 @triton.jit
