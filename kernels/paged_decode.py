@@ -38,6 +38,10 @@ LOG2_E = 1.4426950408889634
 CONFIGS = ((128, (4, 32)), (256, (4, 16)), (512, (2, 16)), (1024, (2, 16)))
 
 
+# The order in which the compiler deals a tile's dimensions out to lanes, warps and registers.
+LANES_FIRST = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
+
+
 @triton.jit
 def _fold(m, l, acc, m_part, l_part, part):
     """Add a part to the (m, l, acc) of the parts before it. Explicit, so that every kernel rounds alike."""
@@ -124,6 +128,21 @@ def _family(
 
 
 @triton.jit
+def _load_dealt(at, there, LANES_FIRST: tl.constexpr):
+    """Load a tile whose first dimensions are the lanes', zero where it is not ``there``."""
+    at, there = tl.broadcast(at, there)
+    if LANES_FIRST:
+        tile = tl.load(at, mask=there, other=0.0)
+    elif len(at.shape) == 6:
+        at, there = at.permute(4, 3, 2, 1, 0, 5), there.permute(4, 3, 2, 1, 0, 5)
+        tile = tl.load(at, mask=there, other=0.0).permute(4, 3, 2, 1, 0, 5)
+    else:
+        at, there = at.permute(5, 4, 3, 2, 1, 0, 6), there.permute(5, 4, 3, 2, 1, 0, 6)
+        tile = tl.load(at, mask=there, other=0.0).permute(5, 4, 3, 2, 1, 0, 6)
+    return tile
+
+
+@triton.jit
 def _over_warps(x, WARPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sum of (WARPS, ROWS, COLUMNS) over the warps, in a tree: one exchange, then additions of registers."""
     x = x.permute(1, 2, 0)
@@ -144,7 +163,7 @@ def _parts_kernel(
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
     K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, PAGE_BITS: tl.constexpr, WARPS: tl.constexpr,
-    KEYS: tl.constexpr, FAMILY: tl.constexpr, ROWS: tl.constexpr, SEAT: tl.constexpr, CHUNKS: tl.constexpr,
+    KEYS: tl.constexpr, FAMILY: tl.constexpr, ROWS: tl.constexpr, SEAT: tl.constexpr, CHUNKS: tl.constexpr, LANES_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, key head, p) leaves the parts of splits p, p + P, ... and program P that of the last token.
@@ -210,7 +229,7 @@ def _parts_kernel(
             there = base[:, :, None, None] + number < last
             if HALF < 32 * CHUNKS or 2 * HALF > D:
                 there = there & (column < HALF) & (chunk // CHUNKS * HALF + column < D)
-            key = tl.load(k_cache + at + (chunk // CHUNKS * HALF + column), mask=there, other=0.0)
+            key = _load_dealt(k_cache + at + (chunk // CHUNKS * HALF + column), there, LANES_FIRST)
             # Values (t, g, w, j, odd, run, i): key 2 t + odd of a group, column 64 run + 8 g + i.
             column = 8 * g[:, None, None, None, None, None] + (64 * tl.arange(0, CHUNKS)[:, None] + i)
             number = 2 * t[:, None, None, None, None, None, None] + tl.arange(0, 2)[:, None, None]
@@ -218,7 +237,7 @@ def _parts_kernel(
             there = base[:, :, None, None, None] + number < last
             if D < 64 * CHUNKS:
                 there = there & (column < D)
-            value = tl.load(v_cache + at + column, mask=there, other=0.0)
+            value = _load_dealt(v_cache + at + column, there, LANES_FIRST)
             keys = key.reshape(4, 8, WARPS, KEYS // 8, 2 * CHUNKS, 2, 4).permute(2, 4, 5, 0, 6, 3, 1)
             keys = keys.reshape(WARPS, 64 * CHUNKS, KEYS)
             values = value.permute(2, 3, 0, 4, 5, 6, 1).reshape(WARPS, KEYS, 64 * CHUNKS)
@@ -339,7 +358,7 @@ def paged_decode(q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens,
                 *q.stride()[:2], *k_cache.stride()[1:3], *v_cache.stride()[1:3], GROUP=group, D=dim, PAGE=page,
                 PAGE_BITS=page.bit_length() - 1, WARPS=warps, KEYS=keys, FAMILY=FAMILY, ROWS=rows,
                 SEAT=max(8, triton.next_power_of_2(group)), num_warps=warps, num_stages=1,
-                CHUNKS=triton.next_power_of_2(triton.cdiv(dim, 64)), **launch,
+                CHUNKS=triton.next_power_of_2(triton.cdiv(dim, 64)), LANES_FIRST=LANES_FIRST, **launch,
             )  # fmt: skip
             _merge_kernel[(len(some_lens), heads)](
                 partial, stats, some_lens, some_out, slots, *out.stride()[:2], D=dim, SPLIT=split,
