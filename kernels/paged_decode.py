@@ -28,14 +28,18 @@ from .dependent_launch import dependent_launch, wait_for_inputs
 from .kv_store import place
 from .rotary import turn
 
-PROGRAMS = 256  # programs that fill a card
+PROGRAMS = 528  # programs that fill a card
 FAMILY = 8  # neighbouring sequences that may share the reading of a split
 WORKSPACE = 64 * 2**20  # bytes of workspace, unless one sequence needs more
 LOG2_E = 1.4426950408889634
 
 # Most bytes of a padded head row; SPLIT, warps, stages. One table for all cards: two tiles of keys and two of values
 # fit the 99 KiB of sm_86, sm_89 and sm_120.
-CONFIGS = ((128, (128, 4, 2)), (256, (64, 4, 2)), (512, (32, 4, 2)), (1024, (16, 4, 2)))
+CONFIGS = ((128, (4, 32)), (256, (4, 16)), (512, (2, 16)), (1024, (2, 16)))
+
+
+# The order in which the compiler deals a tile's dimensions out to lanes, warps and registers.
+LANES_FIRST = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
 
 
 @triton.jit
@@ -49,37 +53,6 @@ def _fold(m, l, acc, m_part, l_part, part):
     else:
         acc = tl.fma(part, tl.broadcast_to(grow, acc.shape), acc * shrink)
     return m_new, l, acc
-
-
-@triton.jit
-def _split_blocks(table, n, last, PAGE: tl.constexpr):
-    """The cache blocks of tokens ``n``."""
-    return tl.load(table + n // PAGE, mask=n < last, other=0).to(tl.int64)
-
-
-@triton.jit
-def _load_split(
-    n, last, block, k_cache, v_cache, k_block, k_token, v_block, v_token,
-    D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Keys and values (SPLIT, BLOCK_D) of the tokens ``n`` before position ``last``, in cache blocks ``block``."""
-    d = tl.arange(0, BLOCK_D)
-    stored = n < last
-    # Absent keys and values load as zeros: what an unused slot holds must not reach a product.
-    mask = stored[:, None] & (d < D)[None, :]
-    k_at = k_cache + (block * k_block + n % PAGE * k_token)[:, None] + d[None, :]
-    v_at = v_cache + (block * v_block + n % PAGE * v_token)[:, None] + d[None, :]
-    return tl.load(k_at, mask=mask, other=0.0), tl.load(v_at, mask=mask, other=0.0)
-
-
-@triton.jit
-def _split_part(queries, key, value, stored, scale_log2):
-    """(m, l, a) of the keys that are ``stored``, for rows of queries."""
-    scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale_log2
-    scores = tl.where(stored[None, :], scores, float("-inf"))
-    m = tl.max(scores, 1)
-    p = tl.exp2(scores - m[:, None])
-    return m, tl.sum(p, 1), tl.dot(p.to(value.dtype), value, input_precision="ieee")
 
 
 @triton.jit
@@ -128,58 +101,6 @@ def _last_part(
 
 
 @triton.jit
-def _walk_kernel(
-    q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, addresses, out, scale_log2,
-    table_row, q_token, q_head, new_k_token, new_k_head, new_v_token, new_v_head, cos_token,
-    out_token, out_head, k_block, k_token, k_head, v_block, v_token, v_head,
-    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Program (sequence, key head) takes all splits in order and folds them."""
-    wait_for_inputs(PDL)
-    sequence, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    last = tl.load(context_lens + sequence) - 1
-    k_cache = place(k_cache, addresses, 0) + kv_head * k_head
-    v_cache = place(v_cache, addresses, 1) + kv_head * v_head
-    table = block_table + sequence * table_row
-    row, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-    head = kv_head * GROUP + row
-    n = tl.arange(0, SPLIT)
-    blocks = _split_blocks(table, n, last, PAGE)  # ahead of all that would wait for another load
-    queries = _heads(
-        q,
-        cos,
-        sin,
-        sequence * q_token + head * q_head,
-        sequence * cos_token + 0 * row,
-        row < GROUP,
-        D,
-        BLOCK_D,
-    )
-    m = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for _ in range(tl.cdiv(last, SPLIT)):
-        key, value = _load_split(
-            n, last, blocks, k_cache, v_cache, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D
-        )
-        m_part, l_part, part = _split_part(queries, key, value, n < last, scale_log2)
-        n += SPLIT
-        blocks = _split_blocks(table, n, last, PAGE)
-        m, l, acc = _fold(m, l, acc, m_part, l_part, part)
-    if last >= 0:
-        m_part, part = _last_part(
-            queries, k, v, cos, sin, k_cache, v_cache, table, last, scale_log2,
-            sequence * new_k_token + kv_head * new_k_head, sequence * new_v_token + kv_head * new_v_head,
-            sequence * cos_token, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D,
-        )  # fmt: skip
-        m, l, acc = _fold(m, l, acc, m_part, tl.full([BLOCK_G], 1.0, tl.float32), part)
-    result = acc / tl.where(l > 0, l, 1.0)[:, None]  # an empty context gives zero
-    to = out + sequence * out_token + head[:, None] * out_head + d[None, :]
-    tl.store(to, result.to(out.dtype.element_ty), mask=(row < GROUP)[:, None] & (d < D)[None, :])
-
-
-@triton.jit
 def _family(
     table, context_lens, sequence, sequences, split, table_row,
     PAGE: tl.constexpr, SPLIT: tl.constexpr, FAMILY: tl.constexpr,
@@ -207,77 +128,157 @@ def _family(
 
 
 @triton.jit
+def _load_dealt(at, there, LANES_FIRST: tl.constexpr):
+    """Load a tile whose first dimensions are the lanes', zero where it is not ``there``."""
+    at, there = tl.broadcast(at, there)
+    if LANES_FIRST:
+        tile = tl.load(at, mask=there, other=0.0)
+    elif len(at.shape) == 6:
+        at, there = at.permute(4, 3, 2, 1, 0, 5), there.permute(4, 3, 2, 1, 0, 5)
+        tile = tl.load(at, mask=there, other=0.0).permute(4, 3, 2, 1, 0, 5)
+    else:
+        at, there = at.permute(5, 4, 3, 2, 1, 0, 6), there.permute(5, 4, 3, 2, 1, 0, 6)
+        tile = tl.load(at, mask=there, other=0.0).permute(5, 4, 3, 2, 1, 0, 6)
+    return tile
+
+
+@triton.jit
+def _over_warps(x, WARPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum of (WARPS, ROWS, COLUMNS) over the warps, in a tree: one exchange, then additions of registers."""
+    x = x.permute(1, 2, 0)
+    if WARPS == 8:
+        even, odd = tl.split(x.reshape(ROWS, COLUMNS, 4, 2))
+        x = even + odd
+    if WARPS >= 4:
+        even, odd = tl.split(x.reshape(ROWS, COLUMNS, 2, 2))
+        x = even + odd
+    even, odd = tl.split(x)
+    return even + odd
+
+
+@triton.jit(do_not_specialize=["sequences", "slots"])
 def _parts_kernel(
     q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, addresses, partial, stats, scale_log2,
-    sequences, slots, table_row, q_token, q_head, new_k_token, new_k_head, new_v_token, new_v_head, cos_token,
-    k_block, k_token, k_head, v_block, v_token, v_head,
-    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, FAMILY: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    sequences, slots, table_row, k_block, v_block, new_k_token, new_k_head, new_v_token, new_v_head, COS_TOKEN,
+    Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
+    K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, PAGE_BITS: tl.constexpr, WARPS: tl.constexpr,
+    KEYS: tl.constexpr, FAMILY: tl.constexpr, ROWS: tl.constexpr, SEAT: tl.constexpr, CHUNKS: tl.constexpr, LANES_FIRST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence, key head, p) leaves the parts of splits p, p + P, ... and program P of the last token."""
-    wait_for_inputs(PDL)
+    """Program (sequence, key head, p) leaves the parts of splits p, p + P, ... and program P that of the last token.
+
+    Warp w has keys w * KEYS .. w * KEYS + KEYS - 1 of a split.
+    """
+    SPLIT: tl.constexpr = WARPS * KEYS
+    HALF: tl.constexpr = (D + 1) // 2
+    TOGETHER: tl.constexpr = ROWS // SEAT if FAMILY > 1 else 1
     sequence, kv_head, program = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    last = tl.load(context_lens + sequence) - 1
+    # Dimensions of a load: lanes (t of 4, g of 8), warps (w), groups of 8 keys (j), ..., runs of 8 values (i). Lanes
+    # come first because that is how the compiler deals a tile out: it is then what tensor cores want.
+    w, j = tl.arange(0, WARPS)[:, None], tl.arange(0, KEYS // 8)[None, :]
+    t, g, i = tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, 8)
+    row, c = tl.arange(0, ROWS), tl.arange(0, 32 * CHUNKS)
+    head, heads = kv_head * GROUP + row % SEAT, tl.num_programs(1) * GROUP
     programs = tl.num_programs(2) - 1
-    if (program * SPLIT >= last) & (program < programs):
-        return
-    k_cache = place(k_cache, addresses, 0) + kv_head * k_head
-    v_cache = place(v_cache, addresses, 1) + kv_head * v_head
+    wait_for_inputs(PDL)
+    last = tl.load(context_lens + sequence) - 1
+    k_cache = place(k_cache, addresses, 0) + kv_head * K_HEAD
+    v_cache = place(v_cache, addresses, 1) + kv_head * V_HEAD
     table = block_table + sequence * table_row
-    row, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-    head, heads = kv_head * GROUP + row % GROUP, tl.num_programs(1) * GROUP
-    TOGETHER: tl.constexpr = BLOCK_G // GROUP if FAMILY > 1 else 1
-    splits = tl.where(program < programs, tl.cdiv(last, SPLIT), 0)
-    for split in range(program, splits, programs):
-        n = split * SPLIT + tl.arange(0, SPLIT)
-        blocks = _split_blocks(table, n, last, PAGE)
+    if program == programs:
+        if last >= 0:
+            BLOCK_D: tl.constexpr = 64 * CHUNKS
+            d = tl.arange(0, BLOCK_D)
+            inside = row < GROUP
+            queries = _heads(
+                q,
+                cos,
+                sin,
+                sequence * Q_TOKEN + head * Q_HEAD,
+                sequence * COS_TOKEN + 0 * row,
+                inside,
+                D,
+                BLOCK_D,
+            )
+            m, part = _last_part(
+                queries, k, v, cos, sin, k_cache, v_cache, table, last, scale_log2,
+                sequence * new_k_token + kv_head * new_k_head, sequence * new_v_token + kv_head * new_v_head,
+                sequence * COS_TOKEN, k_block, K_TOKEN, v_block, V_TOKEN, D, PAGE, BLOCK_D,
+            )  # fmt: skip
+            slot = (sequence * heads + head) * slots + tl.cdiv(last, SPLIT)
+            tl.store(stats + slot * 2, m, mask=inside)
+            tl.store(stats + slot * 2 + 1, tl.full([ROWS], 1.0, tl.float32), mask=inside)
+            tl.store(partial + slot[:, None] * D + d[None, :], part, mask=inside[:, None] & (d < D)[None, :])
+        return
+    for split in range(program, tl.cdiv(last, SPLIT), programs):
         members = tl.full([], 1, tl.int64)
         if FAMILY > 1:
             members = _family(
                 block_table, context_lens, sequence, sequences, split, table_row, PAGE, SPLIT, FAMILY
             )
         if members > 0:
-            key, value = _load_split(
-                n, last, blocks, k_cache, v_cache, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D
-            )
+            base = split * SPLIT + w * KEYS + 8 * j  # (w, j): the first of 8 keys
+            page = tl.load(table + (base >> PAGE_BITS), mask=base < last, other=0).to(tl.int64)
+            inner = base & (PAGE - 1)
+            # Keys (t, g, w, j, chunk, i): key g of a group, column 32 chunk + 8 t + i of the low half, then the high.
+            chunk = tl.arange(0, 2 * CHUNKS)[:, None]
+            column = 8 * t[:, None, None, None, None, None] + (chunk % CHUNKS * 32 + i)
+            number = g[:, None, None, None, None]
+            at = (page * k_block + inner * K_TOKEN)[:, :, None, None] + number * K_TOKEN
+            there = base[:, :, None, None] + number < last
+            if HALF < 32 * CHUNKS or 2 * HALF > D:
+                there = there & (column < HALF) & (chunk // CHUNKS * HALF + column < D)
+            key = _load_dealt(k_cache + at + (chunk // CHUNKS * HALF + column), there, LANES_FIRST)
+            # Values (t, g, w, j, odd, run, i): key 2 t + odd of a group, column 64 run + 8 g + i.
+            column = 8 * g[:, None, None, None, None, None] + (64 * tl.arange(0, CHUNKS)[:, None] + i)
+            number = 2 * t[:, None, None, None, None, None, None] + tl.arange(0, 2)[:, None, None]
+            at = (page * v_block + inner * V_TOKEN)[:, :, None, None, None] + number * V_TOKEN
+            there = base[:, :, None, None, None] + number < last
+            if D < 64 * CHUNKS:
+                there = there & (column < D)
+            value = _load_dealt(v_cache + at + column, there, LANES_FIRST)
+            keys = key.reshape(4, 8, WARPS, KEYS // 8, 2 * CHUNKS, 2, 4).permute(2, 4, 5, 0, 6, 3, 1)
+            keys = keys.reshape(WARPS, 64 * CHUNKS, KEYS)
+            values = value.permute(2, 3, 0, 4, 5, 6, 1).reshape(WARPS, KEYS, 64 * CHUNKS)
             for first in tl.range(0, members, TOGETHER, num_stages=1):
-                member = first + row // GROUP
-                inside = (member < members) & (row < TOGETHER * GROUP)
+                member = first + row // SEAT
+                inside = (member < members) & (row < TOGETHER * SEAT) & (row % SEAT < GROUP)
                 owner = sequence + member
-                queries = _heads(
-                    q, cos, sin, owner * q_token + head * q_head, owner * cos_token, inside, D, BLOCK_D
-                )
-                m, l, part = _split_part(queries, key, value, n < last, scale_log2)
+                # Queries, rotated, their columns in the keys' order.
+                q_at = q + (owner * Q_TOKEN + head * Q_HEAD)[:, None] + c[None, :]
+                q_there = inside[:, None] & (c < HALF)[None, :]
+                low = tl.load(q_at, mask=q_there, other=0.0)
+                high = tl.load(q_at + HALF, mask=q_there & (HALF + c < D)[None, :], other=0.0)
+                if cos is not None:
+                    x, y = low.to(tl.float32), high.to(tl.float32)
+                    angle_at = (owner * COS_TOKEN)[:, None] + c[None, :]
+                    turns = tl.load(cos + angle_at, mask=q_there, other=0.0)
+                    lifts = tl.load(sin + angle_at, mask=q_there, other=0.0)
+                    # A sum of one: the compiler would else rotate in every warp what one rotation can share.
+                    low = tl.sum(turn(x, -y, turns, lifts)[:, :, None], 2).to(value.dtype)
+                    high = tl.sum(turn(y, x, turns, lifts)[:, :, None], 2).to(value.dtype)
+                queries = tl.join(low, high).reshape(ROWS, CHUNKS, 4, 2, 4, 2).permute(0, 5, 1, 3, 2, 4)
+                queries = queries.reshape(1, ROWS, 64 * CHUNKS).broadcast_to(WARPS, ROWS, 64 * CHUNKS)
+                scores = tl.dot(queries, keys, input_precision="ieee") * scale_log2
+                n = split * SPLIT + (tl.arange(0, WARPS) * KEYS)[:, None, None] + tl.arange(0, KEYS)
+                scores = tl.where(n < last, scores, float("-inf"))
+                m = tl.max(tl.max(scores, 2), 0)
+                p = tl.exp2(scores - m[None, :, None])
+                l = tl.sum(tl.sum(p, 2), 0)
+                part = tl.dot(p.to(value.dtype), values, input_precision="ieee")
+                part = _over_warps(part, WARPS, ROWS, 64 * CHUNKS)
                 slot = (owner * heads + head) * slots + split
                 tl.store(stats + slot * 2, m, mask=inside)
                 tl.store(stats + slot * 2 + 1, l, mask=inside)
+                x = tl.arange(0, 64 * CHUNKS)
+                d = x // 64 * 64 + x % 8 * 8 + x % 64 // 8
                 tl.store(
                     partial + slot[:, None] * D + d[None, :], part, mask=inside[:, None] & (d < D)[None, :]
                 )
-    if program == programs and last >= 0:
-        inside = row < GROUP
-        queries = _heads(
-            q,
-            cos,
-            sin,
-            sequence * q_token + head * q_head,
-            sequence * cos_token + 0 * row,
-            inside,
-            D,
-            BLOCK_D,
-        )
-        m, part = _last_part(
-            queries, k, v, cos, sin, k_cache, v_cache, table, last, scale_log2,
-            sequence * new_k_token + kv_head * new_k_head, sequence * new_v_token + kv_head * new_v_head,
-            sequence * cos_token, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D,
-        )  # fmt: skip
-        slot = (sequence * heads + head) * slots + tl.cdiv(last, SPLIT)
-        tl.store(stats + slot * 2, m, mask=inside)
-        tl.store(stats + slot * 2 + 1, tl.full([BLOCK_G], 1.0, tl.float32), mask=inside)
-        tl.store(partial + slot[:, None] * D + d[None, :], part, mask=inside[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _merge_kernel(
     partial, stats, context_lens, out, slots, out_token, out_head,
     D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
@@ -314,7 +315,7 @@ def head_block(q):
 
 
 def config(q):
-    """SPLIT, warps and stages of decode for queries like ``q``."""
+    """Warps of a split and keys of a warp, for queries like ``q``."""
     width = head_block(q) * q.element_size()
     return next(tiles for most, tiles in CONFIGS if width <= most)
 
@@ -330,48 +331,34 @@ def paged_decode(q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens,
         return out
     q, table, lens = contiguous_rows(q), block_table.contiguous(), context_lens.contiguous()
     (tokens, heads, dim), (page, kv_heads) = q.shape, k_cache.shape[1:3]
-    split, warps, stages = config(q)
-    strides = [*q.stride()[:2], 0, 0, 0, 0, 0]
+    warps, keys = config(q)
+    new = [0, 0, 0, 0, 0]
     if k is not None:
         k, v = contiguous_rows(k), contiguous_rows(v)
-        strides[2:6] = *k.stride()[:2], *v.stride()[:2]
+        new[:4] = *k.stride()[:2], *v.stride()[:2]
     if cos is not None:
         cos, sin = cos.contiguous(), sin.contiguous()
-        strides[6] = cos.stride(0)
-    caches = *k_cache.stride()[:3], *v_cache.stride()[:3]
-    group = heads // kv_heads
-    layout = {
-        "GROUP": group,
-        "D": dim,
-        "PAGE": page,
-        "SPLIT": split,
-        "BLOCK_G": max(16, triton.next_power_of_2(group)),
-        "BLOCK_D": head_block(q),
-        "num_warps": warps,
-        "num_stages": stages,
-    }
-    launch = dependent_launch(q)
+        new[4] = cos.stride(0)
+    group, split = heads // kv_heads, warps * keys
+    rows = max(16, triton.next_power_of_2(group))
     splits = triton.cdiv(table.shape[1] * page, split)
-    programs = min(splits, triton.cdiv(PROGRAMS, tokens * kv_heads))
-    if programs <= 1:
-        with _runtime.launch_on(q):
-            _walk_kernel[(tokens, kv_heads)](
-                q, k, v, cos, sin, k_cache, v_cache, table, lens, addresses, out, scale * LOG2_E, table.stride(0),
-                *strides, *out.stride()[:2], *caches, **layout, **launch,
-            )  # fmt: skip
-        return out
-    slots = splits + 1
+    programs, slots = min(splits, triton.cdiv(PROGRAMS, tokens * kv_heads)), splits + 1
     chunk = min(tokens, max(1, WORKSPACE // (4 * heads * slots * (dim + 2))))
     partial = torch.empty(chunk * heads * slots * dim, dtype=torch.float32, device=q.device)
     stats = torch.empty(chunk * heads * slots * 2, dtype=torch.float32, device=q.device)
+    launch = dependent_launch(q)
     for start in range(0, tokens, chunk):
-        rows = slice(start, min(start + chunk, tokens))
-        some = [x if x is None or chunk == tokens else x[rows] for x in (q, k, v, cos, sin, table, lens, out)]
-        *new, some_table, some_lens, some_out = some
+        part = slice(start, min(start + chunk, tokens))
+        some = [x if x is None or chunk == tokens else x[part] for x in (q, k, v, cos, sin, table, lens, out)]
+        *inputs, some_table, some_lens, some_out = some
         with _runtime.launch_on(q):
             _parts_kernel[(len(some_lens), kv_heads, programs + 1)](
-                *new, k_cache, v_cache, some_table, some_lens, addresses, partial, stats, scale * LOG2_E,
-                len(some_lens), slots, table.stride(0), *strides, *caches, FAMILY=FAMILY, **layout, **launch,
+                *inputs, k_cache, v_cache, some_table, some_lens, addresses, partial, stats, scale * LOG2_E,
+                len(some_lens), slots, table.stride(0), k_cache.stride(0), v_cache.stride(0), *new,
+                *q.stride()[:2], *k_cache.stride()[1:3], *v_cache.stride()[1:3], GROUP=group, D=dim, PAGE=page,
+                PAGE_BITS=page.bit_length() - 1, WARPS=warps, KEYS=keys, FAMILY=FAMILY, ROWS=rows,
+                SEAT=max(8, triton.next_power_of_2(group)), num_warps=warps, num_stages=1,
+                CHUNKS=triton.next_power_of_2(triton.cdiv(dim, 64)), LANES_FIRST=LANES_FIRST, **launch,
             )  # fmt: skip
             _merge_kernel[(len(some_lens), heads)](
                 partial, stats, some_lens, some_out, slots, *out.stride()[:2], D=dim, SPLIT=split,

@@ -18,7 +18,7 @@ from nanogrpo.kernels.token_sampling import _sample_tokens_triton
 TOUCH = re.compile(r"\b(ld|st|atom|red|cp\.async)\S*\.(global|shared\.global)")
 KERNELS = {
     "_advance_kernel", "_chunk_kernel", "_draw_kernel", "_merge_kernel", "_parts_kernel", "_rms_norm_kernel",
-    "_rotary_kernel", "_store_kv_kernel", "_swiglu_kernel", "_walk_kernel",
+    "_rotary_kernel", "_store_kv_kernel", "_swiglu_kernel",
 }  # fmt: skip
 
 
