@@ -150,6 +150,21 @@ def attention_bytes(model, tokens):
     return 4 * tiles * (2 + tiles) + 8 * rows * heads * model.head_dim
 
 
+def micro_batch(prompts, prompt_length, config):
+    """(packed tokens of the largest micro-batch, number of micro-batches) where every completion has full length."""
+    unit, length = 2 if config.algorithm == "online_dpo" else 1, config.max_completion_length
+    tokens, largest, count = 0, 0, 1
+    for index in range(prompts * (config.group_size // unit)):
+        opens = index % (config.group_size // unit) == 0
+        alone = unit * length + prompt_length * (1 if config.share_prefix else unit)
+        more = alone if opens or not config.share_prefix else unit * length
+        if tokens + more > config.token_budget and tokens:
+            count, tokens, more = count + 1, 0, alone
+        tokens += more
+        largest = max(largest, tokens)
+    return largest, count
+
+
 def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
     """The ``MemoryPlan`` of a run on CUDA.
 
@@ -168,11 +183,7 @@ def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
         )
     prompts = -(-config.prompts_per_step // ranks)
     sequences = prompts * config.group_size
-    shared = config.share_prefix
-    whole = prompts * (prompt_length if shared else 0) + sequences * (
-        length - (prompt_length if shared else 0)
-    )
-    T = min(max(config.token_budget, length * (2 if config.algorithm == "online_dpo" else 1)), whole)
+    T, micro_batches = micro_batch(prompts, prompt_length, config)
     completion = min(T, sequences * config.max_completion_length)
     T = TOKENS * -(-T // TOKENS)
     sizes = trained_sizes(model, config.lora_r, value_head=config.algorithm == "ppo")
@@ -189,7 +200,7 @@ def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
         "checkpoints": L * T * D * b if checkpointed else (L - 1) * kept,
         "logits": HEAD_WORKSPACE + (T + 3 * completion) * D * b,
     }
-    if whole <= T and checkpointed:  # gradients come as the checkpoints of the only micro-batch go
+    if micro_batches == 1 and checkpointed:  # gradients come as the checkpoints of the only micro-batch go
         first = min(training["gradients"], training["checkpoints"] + training["logits"])
         training["gradients"] -= first
     return MemoryPlan(

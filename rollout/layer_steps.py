@@ -32,7 +32,7 @@ class LayerSteps:
 
     def clear(self):
         """Give back the graphs and their memory."""
-        self.states, self.workspace, self.capacity = {}, None, (0, 0)
+        self.states, self.workspace, self.capacity = {}, None, (0, 0, None)
         if self.graphs is not None:
             self.graphs.clear()
 
@@ -64,15 +64,16 @@ class LayerSteps:
     @torch.inference_mode(False)  # what is kept between calls must stay writable outside of it
     def _state(self, tokens):
         """The ``LayerState`` for ``tokens``, in a workspace that is made anew where it is too small."""
-        model = self.policy.model
-        values = max(sum(p.numel() for p in _trained(layer)) for layer in model.layers)
-        if tokens > self.capacity[0] or values > self.capacity[1]:
+        model, trained = self.policy.model, [_trained(layer) for layer in self.policy.model.layers]
+        values = max(sum(p.numel() for p in own) for own in trained)
+        dtype = next((p.dtype for own in trained for p in own), None)
+        if tokens > self.capacity[0] or values > self.capacity[1] or dtype not in (None, self.capacity[2]):
             self.clear()
             rows = max(WORKSPACE_TOKENS, 1 << (tokens - 1).bit_length())  # so that it seldom grows
-            self.capacity, embedding = (rows, values), model.embedding
+            self.capacity, embedding = (rows, values, dtype), model.embedding
             self.workspace = (
                 *embedding.new_zeros(2, rows, embedding.shape[1]),
-                embedding.new_zeros(values, dtype=torch.float32),
+                embedding.new_zeros(values, dtype=dtype),
             )
         if tokens not in self.states:
             hidden_states, grad, gradients = self.workspace
@@ -84,7 +85,7 @@ class LayerState:
     """What the graphs of T tokens read and write.
 
     hidden_states (T, D): a layer's input, then its output. grad (T, D): the gradient of a layer's output, then of its
-    input. gradients (values,) float32: those of its adapters, one after the other. cos, sin (T, head_dim / 2) and the
+    input. gradients (values,) in the adapters' dtype: theirs, one after the other. cos, sin (T, head_dim / 2) and the
     plan of ``attend``: the pass that ``owner`` names.
     """
 

@@ -211,9 +211,9 @@ def test_a_parameter_that_changed_before_backward_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("quantize", ["nf4", None])
-def test_graphs_have_the_bits_of_launches(quantize):
-    policy = random_policy("tiny-qwen2", quantize, LoraConfig(r=8, alpha=16), "cuda")
+@pytest.mark.parametrize("quantize, dtype", [("nf4", "float32"), ("nf4", "bfloat16"), (None, "float32")])
+def test_graphs_have_the_bits_of_launches(quantize, dtype):
+    policy = random_policy("tiny-qwen2", quantize, LoraConfig(r=8, alpha=16, dtype=dtype), "cuda")
     perturb_adapters(policy)
     policy.model.checkpoint_layers = True
     found = []

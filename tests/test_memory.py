@@ -14,6 +14,7 @@ from nanogrpo.grpo.memory import (
     kv_bytes,
     layer_bytes,
     linear_shapes,
+    micro_batch,
     optimizer_bytes,
     plan_memory,
     plan_report,
@@ -28,7 +29,7 @@ from nanogrpo.rollout import model as rollout_model
 from nanogrpo.rollout.checkpoint import expected_tensors
 from nanogrpo.rollout.kv_cache import KVCache
 from nanogrpo.rollout.model import Transformer
-from nanogrpo.rollout.packing import pack_tree
+from nanogrpo.rollout.packing import pack_tree, split_by_budget
 from nanogrpo.rollout.random_weights import SHAPES, random_policy
 from tiny_run import CharTokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -210,7 +211,7 @@ def test_parts_grow_with_what_they_are_made_of():
     assert plan(group_size=16).rollout["KV cache"] == 2 * base.rollout["KV cache"]
     assert plan(kv_memory=0.1).rollout["KV cache"] == int(0.1 * GIB)
     budget = lambda tokens: plan(token_budget=tokens, prompts_per_step=4)
-    assert budget(512).training["checkpoints"] == budget(1024).training["checkpoints"] / 2
+    assert budget(512).training["checkpoints"] == budget(1024).training["checkpoints"] * 384 / 1024
     assert budget(1024).training["gradients"] > base.always["adapters"], "several micro-batches"
     one = plan(prompts_per_step=1, group_size=8).training
     assert sum(one.values()) == max(budget(1024).training["gradients"], one["checkpoints"] + one["logits"])
@@ -277,3 +278,17 @@ def test_report():
         plan_report(model, config(), 128, "rtx")
     assert CONTEXT < min(CARDS.values()) * GIB
     assert len(linear_shapes(model)) == 7 * model.num_hidden_layers
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("algorithm, unit", [("grpo", 1), ("online_dpo", 2)])
+@pytest.mark.parametrize("budget", [10, 60, 100, 150, 1000])
+def test_micro_batches_are_cut_as_the_trainer_cuts_them(budget, algorithm, unit, share_prefix):
+    settings = {"max_completion_length": 20, "group_size": 4, "token_budget": budget, "algorithm": algorithm}
+    groups = [[[prompt] * 30 + [100 * prompt + i] * 20 for i in range(4)] for prompt in range(1, 4)]
+    sequences = [sequence for group in groups for sequence in group]
+    runs = split_by_budget(sequences, budget, share_prefix=share_prefix, unit=unit)
+    packed = [
+        len(pack_tree([sequences[i] for i in run], share_prefix=share_prefix).input_ids) for run in runs
+    ]
+    assert micro_batch(3, 30, GRPOConfig(share_prefix=share_prefix, **settings)) == (max(packed), len(runs))
