@@ -95,7 +95,7 @@ class GRPOConfig:
     min_lr_ratio: float = setting(0.1, "the linear decay ends at this share of lr")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     token_budget: int = setting(
-        1024, "packed tokens a micro-batch, or the longest sequence; lower it to save memory"
+        2048, "packed tokens a micro-batch, or the longest sequence; lower it to save memory"
     )
     share_prefix: bool = setting(True, "compute what sequences have in common once in training")
     checkpoint_layers: bool | None = setting(

@@ -95,15 +95,6 @@ def _columns(matrix, start, stop):
     return matrix if stop - start == matrix.shape[1] else matrix[:, start:stop]
 
 
-def _rounded(tensors, dtype):
-    """``tensors`` in ``dtype``; copies are made in one launch."""
-    if all(t.dtype == dtype for t in tensors):
-        return tensors
-    copies = [torch.empty(t.shape, dtype=dtype, device=t.device) for t in tensors]
-    torch._foreach_copy_(copies, list(tensors))
-    return copies
-
-
 def _product(a, b, dtype):
     """a @ b, summed in float32, in ``dtype``."""
     if a.is_cuda and dtype == torch.float32 != a.dtype:
@@ -122,8 +113,7 @@ def _lora_linear_triton(
     if M <= MAX_ROWS and not (x.is_cuda and x.dtype == torch.float32):
         y = _base(x, weight, bias, quant_block, first_block)
         return add_adapters(y, x, lora_a.contiguous(), lora_b.contiguous(), columns, scaling)
-    a, b = _rounded((lora_a, lora_b), x.dtype)
-    h, r = torch.mm(x, a.t()), b.shape[1]
+    h, b, r = torch.mm(x, lora_a.to(x.dtype).t()), lora_b.to(x.dtype), lora_b.shape[1]
     whole = b.shape[0] == N  # no output is without an adapter
     if whole:
         y = x.new_empty(M, N)
@@ -168,7 +158,7 @@ def _lora_linear_bwd(
             needs_lora,
         )
         return [t.zero_() for t in _bwd_fake(*options, a_dtype, b_dtype)]
-    dy, (a, b), r = dy.contiguous(), _rounded((lora_a, lora_b), x.dtype), lora_b.shape[1]
+    dy, a, b, r = dy.contiguous(), lora_a.to(x.dtype), lora_b.to(x.dtype), lora_b.shape[1]
     g, spans = dy.new_empty(dy.shape[0], a.shape[0]), _spans(columns)  # g and h with the scaling in them
     for part, (start, stop, first) in enumerate(spans):
         target = _columns(g, part * r, part * r + r)
@@ -231,7 +221,7 @@ def _stacked(x, parts):
     P = len(parts) // 2
     stacks = _stack(parts[:P]), _stack(parts[P:])
     many = x.is_cuda and len(x) > MAX_ROWS and not torch.compiler.is_compiling()
-    return _rounded(stacks, x.dtype) if many else stacks
+    return [stack.to(x.dtype) for stack in stacks] if many else stacks
 
 
 def _forward(x, bias, weight, columns, scaling, quant_block, first_block, *adapters):

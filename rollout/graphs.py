@@ -1,12 +1,29 @@
 """CUDA graphs of a policy's steps, captured on first use and kept while what they hold of the policy stays valid."""
 
+import weakref
+
 import torch
 
 MAX_GRAPHS = 64
 
 
+class GraphPool:
+    """Memory of graphs that run one after another, never at once, whoever captured them."""
+
+    def __init__(self):
+        self.graphs = weakref.WeakSet()
+        self.handle = None
+
+    def add(self, graph):
+        """The handle to capture ``graph`` with."""
+        if not len(self.graphs):  # torch refuses a pool whose graphs are all gone
+            self.handle = torch.cuda.graph_pool_handle()
+        self.graphs.add(graph)
+        return self.handle
+
+
 class StepGraphs:
-    """Captured steps by key, in one memory pool: they run one after another, never at once.
+    """Captured steps by key, in the policy's pool of memory.
 
     Weights and adapters are read where they stand, so graphs live through optimiser steps; weights or adapters that
     have moved, adapters of another scaling, or more than ``most`` steps drop all graphs. Which adapters are on
@@ -16,7 +33,6 @@ class StepGraphs:
     def __init__(self, policy, *, most=MAX_GRAPHS):
         self.policy = policy
         self.most = most
-        self.pool = None
         self.held = None
         self.captured = {}
 
@@ -40,12 +56,11 @@ class StepGraphs:
             parts = step if isinstance(step, list) else [step]
             for part in parts[:2]:
                 part()  # compiles what is to be captured
-            if not self.captured:  # torch refuses a pool whose graphs are all gone
-                self.pool = torch.cuda.graph_pool_handle()
             graphs = []
             for part in parts:
                 graphs.append(torch.cuda.CUDAGraph())
-                with torch.cuda.device(self.policy.device), torch.cuda.graph(graphs[-1], pool=self.pool):
+                pool = self.policy.graph_pool.add(graphs[-1])
+                with torch.cuda.device(self.policy.device), torch.cuda.graph(graphs[-1], pool=pool):
                     part()
             replays = [graph.replay for graph in graphs]
             self.captured[key] = state, replays if isinstance(step, list) else replays[0]

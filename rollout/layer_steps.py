@@ -112,12 +112,15 @@ class LayerState:
                 if not leaves:
                     return
                 y = layer(x, self.cos, self.sin, self.attend)
-                found = torch.autograd.grad(y, leaves, self.grad)
+                # In this thread: a library's workspace is held for every thread that calls it.
+                with torch.autograd.set_multithreading_enabled(False):
+                    found = torch.autograd.grad(y, leaves, self.grad)
             if layer.index:
                 self.grad.copy_(found[0])
                 found = found[1:]
             if found:
-                torch._foreach_copy_(_parts(self.gradients, parameters), list(found))
+                values = [gradient.flatten() for gradient in found]
+                torch.cat(values, out=self.gradients[: sum(map(len, values))])
 
         return run
 

@@ -209,11 +209,15 @@ def test_parts_grow_with_what_they_are_made_of():
     assert plan(optimizer="adamw8bit").always["optimizer"] < 0.27 * base.always["optimizer"]
     assert plan(group_size=16).rollout["KV cache"] == 2 * base.rollout["KV cache"]
     assert plan(kv_memory=0.1).rollout["KV cache"] == int(0.1 * GIB)
-    assert plan(token_budget=512).training["checkpoints"] == base.training["checkpoints"] / 2
+    budget = lambda tokens: plan(token_budget=tokens, prompts_per_step=4)
+    assert budget(512).training["checkpoints"] == budget(1024).training["checkpoints"] / 2
+    assert budget(1024).training["gradients"] > base.always["adapters"], "several micro-batches"
+    one = plan(prompts_per_step=1, group_size=8).training
+    assert sum(one.values()) == max(budget(1024).training["gradients"], one["checkpoints"] + one["logits"])
     assert plan(token_budget=100) == plan(token_budget=328), "a sequence is never cut"
     assert plan(checkpoint_layers=False).training["checkpoints"] > 5 * base.training["checkpoints"]
-    assert base.always["layer"] > sum(layer_bytes(model, 2, 1024, quantize=None, r=16))
-    assert plan(token_budget=512).always["layer"] < 0.55 * base.always["layer"]
+    assert base.always["layer"] > sum(layer_bytes(model, 2, 1792, quantize=None, r=16))
+    assert 0.45 < budget(1024).always["layer"] / budget(2048).always["layer"] < 0.6
     dense, nf4 = (layer_bytes(model, 2, 64, quantize=q, r=16)[1] for q in (None, "nf4"))
     assert dense < nf4 < 2 * 2 * 1536 * 8960
     # Two ranks: half the prompts each, the same micro-batches.
