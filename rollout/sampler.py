@@ -190,7 +190,8 @@ class Sampler:
                 some = slice(start, start + self.decoder.draw.most_rows)
                 ends = hidden_states[on_device(rows[some], self.policy.device)]
                 launched.append(self._draw_first(cache, scheduler, leaders[some], ends, params))
-        self.decoder.prepare(cache, scheduler.running, self.window)
+        if scheduler.remaining() > 1:
+            self.decoder.prepare(cache, scheduler.running, self.window)
         for sequences, drawn in launched:  # read after all launches: the device need not wait in between
             yield sequences, [x[None].cpu().numpy() for x in drawn]
 
@@ -259,9 +260,9 @@ class Sampler:
 
     def _goes_on(self, scheduler, run, params):
         """Whether ``run`` still is what the running sequences need."""
-        ended = len(scheduler.running) < len(run.sequences)
+        rows = len(scheduler.running)
         # The device does not know of stop strings, and waiting groups take the place of rows that have ended.
-        stale = ended and (params.stop or scheduler.waiting)
+        stale = rows < len(run.sequences) and (params.stop or scheduler.has_rows(rows))
         return not stale and self.decoder.fits(run, scheduler.running)
 
     def _extend(self, sequences, drawn, params):

@@ -62,7 +62,7 @@ class Scheduler:
     def admit(self):
         """Sequences to prefill now, in order; each has its block table, shared blocks counted as cached."""
         admitted, rows = [], len(self.running)
-        while self.waiting and rows + 1 + self.waiting[0].unforked <= self.max_batch:
+        while self.has_rows(rows):
             sequence = self.waiting[0]
             # Every member will at once want a last block of its own.
             if not self._map_blocks(sequence, spare=sequence.unforked + len(self.running) + len(admitted)):
@@ -70,6 +70,10 @@ class Scheduler:
             admitted.append(self.waiting.popleft())
             rows += 1 + sequence.unforked
         return admitted
+
+    def has_rows(self, taken):
+        """Whether a group waits and finds rows enough where ``taken`` are taken."""
+        return bool(self.waiting) and taken + 1 + self.waiting[0].unforked <= self.max_batch
 
     def _map_blocks(self, sequence, spare):
         """Give ``sequence`` blocks for all its tokens, shared where published; False, nothing taken, if short."""
