@@ -12,6 +12,7 @@ A = heads * head_dim, V words, T packed tokens a micro-batch, C completion token
     checkpoints  L T D b, the inputs of the layers (without checkpointing every layer keeps all that one does)
     logits       training: the head's workspace, and hidden states and gradients of C rows;
                  rollout: V float32 values in four copies and float64 sums for each sequence
+    libraries    cuBLAS' workspaces: WORKSPACES
     context      of CUDA, with the loaded kernels: CONTEXT
 
 Rollout and training take turns, so the need is what both have and the larger of the two. T is the token budget, or
@@ -30,6 +31,7 @@ CONTEXT = (
 )  # CUDA 13 on an H200: 527 MiB, then 94 of torch's kernels, 66 of cuBLAS, 160 of ours and graphs
 PREFILL = 2048  # tokens of a prefill at most
 ATTENTION_WORKSPACE = 64 * 2**20
+WORKSPACES = 2 * 32 * 2**20  # cuBLAS' own on an H200, one for captured work and one for what is not
 BLOCK_SIZE = 16
 CARDS = {
     "rtx-4060": 8, "rtx-3080": 10, "rtx-3060": 12, "rtx-4080": 16, "rtx-3090": 24, "rtx-4090": 24, "rtx-5090": 32,
@@ -139,7 +141,11 @@ def layer_bytes(model, itemsize, tokens, *, quantize, r):
 
 def prefill_bytes(model, itemsize, tokens, quantize):
     """Bytes that the prompts' forward pass works in, up to ``PREFILL`` tokens at once: the widest part of a layer."""
+    from ..rollout.decoding import PREFILL_BUCKETS
+
     D, F = model.hidden_size, model.intermediate_size
+    if tokens <= PREFILL_BUCKETS[-1]:  # captured: it works where the layers of training do
+        return 0
     return itemsize * (min(tokens, PREFILL) * (4 * D + 3 * F) + (2 * D * F if quantize else 0))
 
 
@@ -210,6 +216,7 @@ def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
             "adapters": trained,
             "optimizer": optimizer_bytes(sizes, config.optimizer, itemsize),
             "layer": layer,
+            "libraries": WORKSPACES,
         },
         rollout={
             "KV cache": cache,

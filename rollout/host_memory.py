@@ -1,7 +1,7 @@
-"""Tensors that a GPU reads where they lie in the CPU's memory: for what is too large for its use, as an embedding is.
+"""The CPU's memory in the service of a GPU: tensors that it reads where they lie, and weights laid out without gaps.
 
-A kernel that gathers some rows fetches those over PCIe, T D b bytes for T tokens; none of the table's V D b bytes are
-on the card.
+A kernel that gathers some rows of an embedding fetches those over PCIe, T D b bytes for T tokens; none of the table's
+V D b bytes are on the card.
 """
 
 import torch
@@ -25,3 +25,17 @@ def in_host_memory(tensor):
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
     mapped = torch.as_tensor(_Mapped(pinned.flatten().view(torch.uint8)), device=tensor.device)
     return mapped.view(tensor.dtype).view(tensor.shape)
+
+
+def laid_out_again(weights, device, *, but=None):
+    """The dict ``weights``, emptied and filled tensor by tensor in fresh memory of ``device``; ``but`` stays.
+
+    Quantising leaves gaps between weights, of the size of what was quantised, that nothing later fits into.
+    """
+    moved = [name for name in weights if name != but]
+    for name in moved:
+        weights[name] = weights[name].to("cpu")
+    torch.cuda.empty_cache()
+    for name in moved:
+        weights[name] = weights[name].to(device)
+    return weights

@@ -19,7 +19,7 @@ from .linear import STACKS
 
 TOKENS = 128  # the rows of every product's tile: what padding adds costs the products nothing
 WORKSPACE_TOKENS = 1024  # room that is made at least
-MAX_PASSES = 32  # (tokens, direction, adapters) whose graphs are kept
+MAX_PASSES = 48  # (tokens, direction, adapters) whose graphs are kept
 
 
 class LayerSteps:

@@ -12,7 +12,7 @@ from ..kernels import QuantizedWeight, dequantize_4bit, fused_linear_logprob
 from .attention import TreeAttention
 from .checkpoint import open_checkpoint, resolve_checkpoint
 from .graphs import GraphPool
-from .host_memory import in_host_memory
+from .host_memory import in_host_memory, laid_out_again
 from .layer_steps import LayerSteps, padded_tokens
 from .linear import LINEARS, in_kernel_order, quantized, stack_weights
 from .lora import DEFAULT_LORA, check_targets, read_adapter, write_adapter
@@ -68,6 +68,8 @@ class Policy:
         tensors = checkpoint.tensors(keep_4bit=quantize is not None)
         placed = ((name, place(name, tensor)) for name, tensor in tensors)
         weights = dict(stack_weights(placed))
+        if quantize is not None and device.type == "cuda":
+            weights = laid_out_again(weights, device, but=far)
         policy = cls(Transformer(checkpoint.config, weights), checkpoint.tokenizer, name=str(checkpoint.path))
         if lora is not None:
             policy.add_adapters(lora, seed=seed)

@@ -11,7 +11,7 @@ import torch
 
 from .checkpoint import expected_tensors, open_checkpoint, resolve_checkpoint
 from .config import ModelConfig
-from .host_memory import in_host_memory
+from .host_memory import in_host_memory, laid_out_again
 from .linear import quantized, stack_weights
 from .lora import DEFAULT_LORA
 from .model import Transformer
@@ -108,6 +108,8 @@ def random_policy(name, quantize=None, lora=DEFAULT_LORA, device=None, dtype=Non
             yield tensor_name, in_host_memory(tensor) if tensor_name == far else tensor
 
     weights = dict(stack_weights(drawn()))
+    if quantize is not None and device.type == "cuda":
+        weights = laid_out_again(weights, device, but=far)
     policy = Policy(Transformer(config, weights), tokenizer, name=f"{name} with random weights")
     if lora is not None:
         policy.add_adapters(lora, seed=seed)

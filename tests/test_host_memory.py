@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nanogrpo.grpo.memory import weight_bytes
-from nanogrpo.rollout.host_memory import in_host_memory
+from nanogrpo.kernels import dequantize_4bit, quantize_4bit
+from nanogrpo.rollout.host_memory import in_host_memory, laid_out_again
 from nanogrpo.rollout.random_weights import random_policy
 
 pytestmark = pytest.mark.gpu
@@ -37,11 +38,12 @@ def test_rows_are_gathered_from_the_cpu(dtype):
     [("tiny-phi3", "nf4", True), ("tiny-phi3", None, False), ("tiny-qwen2", "nf4", False)],
 )
 def test_embeddings_that_are_no_head_stay_with_the_cpu(name, quantize, far):
-    torch.cuda.synchronize()
+    gc.collect()
     before = torch.cuda.memory_allocated()
     policy = random_policy(name, quantize, None, "cuda")
     weights = weight_bytes(policy.config, quantize, 2)
     table = policy.model.embedding.nbytes
+    gc.collect()
     rest = torch.cuda.memory_allocated() - before - weights
     assert 0 <= rest < 2**20 < table, "up to what the allocator rounds up"
     assert weight_bytes(policy.config, quantize, 2, "cpu") - weights == far * table
@@ -51,3 +53,24 @@ def test_embeddings_that_are_no_head_stay_with_the_cpu(name, quantize, far):
     logprobs = policy.score(ids, mask)
     policy.model.embedding = policy.model.embedding.clone()
     assert torch.equal(policy.score(ids, mask), logprobs)
+
+
+def test_weights_are_laid_out_without_gaps():
+    gc.collect(), torch.cuda.empty_cache()
+    reserved = torch.cuda.memory_reserved()
+    weights = {}
+    for index in range(20):  # what is quantised and what is left of it, as a loader makes them
+        dense = torch.randn(1536, 4096 + 64 * index, device="cuda").bfloat16()
+        weights[str(index)] = quantize_4bit(dense, "nf4") if index else dense
+    del dense
+    expected = [weights[str(i)] if i == 0 else dequantize_4bit(weights[str(i)]).cpu() for i in range(20)]
+    kept = weights["0"].data_ptr()
+    weights = laid_out_again(weights, torch.device("cuda"), but="0")
+    gc.collect(), torch.cuda.empty_cache()
+    size = sum(w.nbytes for w in weights.values())
+    assert (
+        size <= torch.cuda.memory_reserved() - reserved <= size + 48 * 2**20
+        and weights["0"].data_ptr() == kept
+    )
+    for found, want in zip(list(weights.values())[1:], expected[1:], strict=True):
+        assert found.device.type == "cuda" and torch.equal(dequantize_4bit(found).cpu(), want)
