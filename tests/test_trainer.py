@@ -14,6 +14,7 @@ from nanogrpo.grpo import (
 from nanogrpo.grpo.algorithms import ALGORITHMS
 from nanogrpo.grpo.objectives import best_and_worst, value_loss
 from nanogrpo.grpo.rewards import RewardError
+from nanogrpo.rollout.layer_steps import LayerSteps
 from tiny_run import FIELDS, adapters, odd, tiny_trainer, wake
 
 ADDED = {"ppo": {"value_error"}, "online_dpo": {"pairs"}}
@@ -632,6 +633,21 @@ def test_out_of_memory_halves_the_token_budget_and_changes_nothing():
     pairs = zip(adapters(trainer).values(), adapters(plain).values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert metrics["loss"] == expected["loss"]
+
+
+def test_out_of_memory_gives_back_what_larger_micro_batches_worked_in():
+    trainer, cleared = tiny_trainer(token_budget=420, share_prefix=False), []
+    trainer.policy.steps = LayerSteps(trainer.policy, graphs=False)
+    trainer.policy.steps.clear = lambda: cleared.append(trainer.token_budget)
+    original = trainer.objective.micro_loss
+
+    def memory_for_two_rows(micro, **kwargs):
+        if micro.input_ids.numel() > 210:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(micro, **kwargs)
+
+    trainer.objective.micro_loss = memory_for_two_rows
+    assert trainer.step()["token_budget"] == 210 and cleared == [210]
 
 
 def test_out_of_memory_on_one_sequence_is_raised():
