@@ -44,7 +44,7 @@ class StepGraphs:
         """(state, run) of the step with this key; ``make()`` gives its state and the function to capture.
 
         The function runs once before it is captured, on the state as it was made. A step may be a list of functions,
-        captured one by one, and ``run`` a list: all but the first launch the same kernels, so the first two run.
+        captured one by one, and ``run`` a list: the last runs before, and no other launches kernels that it does not.
         """
         held = _held(self.policy.model)
         key = *key, tuple(linear.adapter_on for _, linear in self.policy.model.linears())
@@ -54,8 +54,7 @@ class StepGraphs:
         if key not in self.captured:
             state, step = make()
             parts = step if isinstance(step, list) else [step]
-            for part in parts[:2]:
-                part()  # compiles what is to be captured
+            parts[-1]()  # compiles what is to be captured
             graphs = []
             for part in parts:
                 graphs.append(torch.cuda.CUDAGraph())
