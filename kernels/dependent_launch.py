@@ -7,8 +7,8 @@ The rules of this package. A kernel launched so may do three things before ``gdc
 prefetch into the L2 cache, and read what was complete when its predecessor let it start. ``gdc_wait`` returns when
 the predecessor has ended and its writes are visible. A kernel that calls ``gdc_launch_dependents`` behind its own
 wait therefore promises its successor that all earlier kernels are complete: only its own outputs need waiting for;
-one that calls ``wait_for_inputs`` promises nothing, and a successor waits before it reads anything. Every kernel waits
-before it ends, so that the end of one means the end of all before it.
+one that calls ``wait_for_inputs`` promises nothing, and a successor waits before it reads anything. Every kernel
+waits before it ends, so that the end of one means the end of all before it.
 
 See "Programmatic Dependent Launch and Synchronization" in NVIDIA's CUDA C++ Programming Guide.
 """

@@ -319,8 +319,8 @@ def lora_linear_stacked(
         lora_a: P tensors (r, K), all of one dtype, float32 or x's.
         lora_b: P tensors (N_p, r), all of one dtype, float32 or x's.
         starts: P first outputs, rising, so that the parts do not overlap; None: end to end from 0, all N outputs.
-        gated: give ``swiglu(y)``, (..., N / 2), instead of y. residual (..., N) of x's dtype: give residual + y. One or
-            neither. For few rows and without a graph to build, this costs no launch of its own.
+        gated: give ``swiglu(y)``, (..., N / 2). residual (..., N) of x's dtype: give residual + y. One or neither;
+            for few rows and without a graph to build no launch of its own.
         value: False where only gradients are wanted, of a result that is known: y is zeros, uncomputed.
 
     Returns:
