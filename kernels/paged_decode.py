@@ -163,8 +163,8 @@ def _parts_kernel(
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
     K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, PAGE_BITS: tl.constexpr, WARPS: tl.constexpr,
-    KEYS: tl.constexpr, FAMILY: tl.constexpr, ROWS: tl.constexpr, SEAT: tl.constexpr, CHUNKS: tl.constexpr, LANES_FIRST: tl.constexpr,
-    PDL: tl.constexpr,
+    KEYS: tl.constexpr, FAMILY: tl.constexpr, ROWS: tl.constexpr, SEAT: tl.constexpr, CHUNKS: tl.constexpr,
+    LANES_FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, key head, p) leaves the parts of splits p, p + P, ... and program P that of the last token.
 

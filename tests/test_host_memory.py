@@ -16,6 +16,7 @@ pytestmark = pytest.mark.gpu
 def test_rows_are_gathered_from_the_cpu(dtype):
     table = torch.randn(5000, 96, device="cuda").to(dtype)
     torch.cuda.synchronize()
+    gc.collect()
     before = torch.cuda.memory_allocated()
     far = in_host_memory(table)
     gc.collect()

@@ -435,9 +435,7 @@ def assert_all_compile(cc, dim, dtype):
         module._paged_attention_triton(q, *cache, cu_seqlens, 0.1, addresses)
         _store_kv_triton(q[:2, :2], q[:2, 2:4], *cache[:2], torch.tensor([1, 2]), addresses)
 
-    assert_compiles(
-        launch, cc, ["_parts_kernel", "_merge_kernel", "_prefill_kernel", "_store_kv_kernel"]
-    )
+    assert_compiles(launch, cc, ["_parts_kernel", "_merge_kernel", "_prefill_kernel", "_store_kv_kernel"])
 
 
 @pytest.mark.gpu
