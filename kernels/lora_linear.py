@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from . import _runtime
 from .dispatch import route
-from .lora_decode import MAX_ROWS, add_adapters
+from .lora_decode import MAX_ROWS, few_rows
 from .matmul_4bit import _matmul_torch, _matmul_triton, matmul_op
 from .quantization import (
     DTYPES,
@@ -41,6 +41,7 @@ from .quantization import (
     dequantize_4bit_ref,
     dequantize_op,
 )
+from .swiglu import swiglu
 
 MAX_RANK = 128
 
@@ -103,6 +104,11 @@ def _product(a, b, dtype):
     return torch.mm(a.to(dtype), b.to(dtype))
 
 
+def _few(x, N):
+    """Whether ``few_rows`` takes x: the library's float32 products are exact, the kernels' are not on CUDA."""
+    return 0 < len(x) <= MAX_ROWS and N > 0 and not (x.is_cuda and x.dtype == torch.float32)
+
+
 def _lora_linear_triton(
     x: torch.Tensor, weight: list[torch.Tensor], lora_a: torch.Tensor, lora_b: torch.Tensor, columns: list[int],
     scaling: float, bias: torch.Tensor | None, quant_block: int, first_block: int,
@@ -110,9 +116,9 @@ def _lora_linear_triton(
     M, N = x.shape[0], weight[0].shape[0]
     if not M * N:
         return x.new_empty(M, N)
-    if M <= MAX_ROWS and not (x.is_cuda and x.dtype == torch.float32):
-        y = _base(x, weight, bias, quant_block, first_block)
-        return add_adapters(y, x, lora_a.contiguous(), lora_b.contiguous(), columns, scaling)
+    if _few(x, N):
+        adapters = lora_a.contiguous(), lora_b.contiguous(), columns, scaling
+        return few_rows(x, weight, *adapters, bias, quant_block, first_block)
     h, b, r = torch.mm(x, lora_a.to(x.dtype).t()), lora_b.to(x.dtype), lora_b.shape[1]
     whole = b.shape[0] == N  # no output is without an adapter
     if whole:
@@ -300,7 +306,9 @@ def lora_linear(x, weight, lora_a, lora_b, scaling, bias=None):
     return _apply(x, weight, bias, [0, N], scaling, (lora_a, lora_b))
 
 
-def lora_linear_stacked(x, weight, lora_a, lora_b, scaling, bias=None, starts=None, *, value=True):
+def lora_linear_stacked(
+    x, weight, lora_a, lora_b, scaling, bias=None, starts=None, *, gated=False, residual=None, value=True
+):
     """:func:`lora_linear` of P projections of one x, whose rows of ``weight`` stand one after the other.
 
     Part p owns the outputs from ``starts[p]`` on: y[..., starts[p] : starts[p] + N_p] gets scaling * (x @
@@ -311,7 +319,9 @@ def lora_linear_stacked(x, weight, lora_a, lora_b, scaling, bias=None, starts=No
         lora_a: P tensors (r, K), all of one dtype, float32 or x's.
         lora_b: P tensors (N_p, r), all of one dtype, float32 or x's.
         starts: P first outputs, rising, so that the parts do not overlap; None: end to end from 0, all N outputs.
-        value: False where only gradients are wanted, of a result that is known: zeros come back, uncomputed.
+        gated: give ``swiglu(y)``, (..., N / 2). residual (..., N) of x's dtype: give residual + y. One or neither;
+            for few rows and without a graph to build no launch of its own.
+        value: False where only gradients are wanted, of a result that is known: y is zeros, uncomputed.
 
     Returns:
         (..., N) in x's dtype.
@@ -343,7 +353,11 @@ def lora_linear_stacked(x, weight, lora_a, lora_b, scaling, bias=None, starts=No
     for name, (dtype,) in zip(("lora_a", "lora_b"), kinds, strict=True):
         if dtype not in (x.dtype, torch.float32):
             raise ValueError(f"{name} is {dtype}, expected {x.dtype} or torch.float32")
-    return _apply(x, weight, bias, columns, scaling, (*lora_a, *lora_b), value)
+    if residual is not None:
+        _check_operand("residual", residual, (*x.shape[:-1], N), (x.dtype,), device)
+    if gated and (residual is not None or N % 2):
+        raise ValueError(f"gated with {N} outputs and residual {residual is not None}, expected 2F and none")
+    return _apply(x, weight, bias, columns, scaling, (*lora_a, *lora_b), gated, residual, value)
 
 
 def _check_base(x, weight, bias, r):
@@ -364,10 +378,10 @@ def _check_base(x, weight, bias, r):
         raise ValueError("the weight requires a gradient, expected a frozen one")
 
 
-def _apply(x, weight, bias, columns, scaling, adapters, value=True):
+def _apply(x, weight, bias, columns, scaling, adapters, gated=False, residual=None, value=True):
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return _apply(x, weight, bias, columns, scaling, adapters, value)
+            return _apply(x, weight, bias, columns, scaling, adapters, gated, residual, value)
     (N, K), tensors, quant_block, first_block = weight.shape, [weight], 0, 0
     if isinstance(weight, QuantizedWeight):
         codes, scales, quant_block, first_block = weight.operands()
@@ -377,5 +391,15 @@ def _apply(x, weight, bias, columns, scaling, adapters, value=True):
     if torch.is_grad_enabled():
         y = _LoraLinear.apply(*operands, value, *adapters)
     else:  # without a graph to build, the cost of an autograd function is saved
+        forward = route(_op, _lora_linear_triton, _lora_linear_torch, x.device)
+        if (gated or residual is not None) and forward is _lora_linear_triton and _few(rows, N):
+            P = len(columns) // 2
+            stacks = _stack(adapters[:P]).contiguous(), _stack(adapters[P:]).contiguous()
+            y = few_rows(
+                rows, tensors, *stacks, columns, float(scaling), bias, quant_block, first_block,
+                gated=gated, residual=None if residual is None else residual.reshape(-1, N).contiguous(),
+            )  # fmt: skip
+            return y.view(*x.shape[:-1], y.shape[1])
         y = _forward(*operands, *adapters)
-    return y.view(*x.shape[:-1], N)
+    y = y.view(*x.shape[:-1], N)
+    return swiglu(y) if gated else y if residual is None else residual + y

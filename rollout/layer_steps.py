@@ -192,9 +192,10 @@ def _own_leaves(layer):
         linear.lora_a, linear.lora_b = own(lora_a), own(lora_b)
     last = layer.down_proj
     if last.lora_a and last.adapter_on:
-        last.forward = lambda x: lora_linear_stacked(
-            x, last.weight, last.lora_a, last.lora_b, last.scaling, last.bias, last.starts, value=False
-        )
+        last.forward = lambda x, residual: lora_linear_stacked(
+            x, last.weight, last.lora_a, last.lora_b, last.scaling, last.bias, last.starts,
+            residual=residual, value=False,
+        )  # fmt: skip
     try:
         yield _trained(layer)
     finally:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import QuantizedWeight, lora_linear_stacked, matmul_4bit, quantize_4bit
+from ..kernels import QuantizedWeight, lora_linear_stacked, matmul_4bit, quantize_4bit, swiglu
 
 STACKS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -155,14 +155,16 @@ class StackedLinear(nn.Module):
     def projections(self):
         return [Projection(self, index) for index in range(len(self.parts))]
 
-    def forward(self, x):
+    def forward(self, x, *, gated=False, residual=None):
+        """y; with ``gated`` swiglu(y), for a gate and an up projection; with ``residual`` residual + y."""
         if self.lora_a and self.adapter_on:
-            return lora_linear_stacked(
-                x, self.weight, self.lora_a, self.lora_b, self.scaling, self.bias, self.starts
-            )
+            adapters = self.lora_a, self.lora_b, self.scaling, self.bias, self.starts
+            return lora_linear_stacked(x, self.weight, *adapters, gated=gated, residual=residual)
         if isinstance(self.weight, QuantizedWeight):
-            return matmul_4bit(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+            y = matmul_4bit(x, self.weight, self.bias)
+        else:
+            y = F.linear(x, self.weight, self.bias)
+        return swiglu(y) if gated else y if residual is None else residual + y
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import rms_norm, swiglu
+from ..kernels import rms_norm
 from .linear import STACKS, StackedLinear, share_stacks
 from .recompute import LiveStep, PinnedStore, recompute_step
 
@@ -70,7 +70,7 @@ class DecoderLayer(nn.Module):
         out = attend(self.index, q, k, v, cos, sin)
         out = self.o_proj(out.flatten(-2))
         x, hidden_states = rms_norm(out, self.post_attention_norm, self.eps, residual=hidden_states)
-        return hidden_states + self.down_proj(swiglu(self.gate_up_proj(x)))
+        return self.down_proj(self.gate_up_proj(x, gated=True), residual=hidden_states)
 
 
 def _block(name):

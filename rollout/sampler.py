@@ -48,7 +48,7 @@ class Sampler:
             kv_memory, kv_tokens: bytes for keys and values, or tokens whose keys and values fit; None: what the call
                 needs.
             block_size: tokens a KV block, a power of two of at least 16.
-            window: decode steps between two looks of the host at what was drawn; None: 16 on a GPU, 1 on the CPU.
+            window: decode steps between two looks of the host at what was drawn; None: 8 on a GPU, 1 on the CPU.
             cuda_graphs: capture steps on a GPU, and keep them for later calls.
             prefill_tokens: most tokens of one prefill; None: 512 on a GPU, which are captured, 2048 on the CPU.
         """
@@ -65,7 +65,7 @@ class Sampler:
         self.kv_memory = kv_memory
         self.kv_tokens = kv_tokens
         self.block_size = block_size
-        self.window = window or (16 if policy.device.type == "cuda" else 1)
+        self.window = window or (8 if policy.device.type == "cuda" else 1)
         self.prefill_tokens = prefill_tokens or (512 if policy.device.type == "cuda" else 2048)
         self.decoder = Decoder(policy, graphs=cuda_graphs)
 

@@ -151,7 +151,7 @@ def test_the_last_product_of_a_layer_is_not_computed_again(monkeypatch):
     monkeypatch.setattr(
         layer_steps,
         "lora_linear_stacked",
-        lambda *a, value: skipped.append(value) or original(*a, value=value),
+        lambda *a, value, **k: skipped.append(value) or original(*a, value=value, **k),
     )
     backward(policy.score(*random_batch(2, 30)))
     assert skipped == [False] * policy.config.num_hidden_layers

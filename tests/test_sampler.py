@@ -395,16 +395,16 @@ def test_the_cache_is_given_back_when_the_call_returns(policy, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("window", [5, 16])
 @pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_gpu_looking_ahead_changes_nothing(cuda_graphs, window):
-    policy, params = gpu_policy(), SamplingParams(max_tokens=120, ignore_eos=True, repetition_penalty=1.1)
+def test_gpu_looking_ahead_changes_nothing(cuda_graphs):
+    # No row ends early, so all compute the same shapes; block tables outgrow their first width of 16.
+    policy, params = gpu_policy(), SamplingParams(max_tokens=250, ignore_eos=True, repetition_penalty=1.1)
     results = []
-    for ahead in (False, True, True):  # no row ends early: all compute the same shapes
-        sampler = Sampler(policy, window=window, cuda_graphs=cuda_graphs)
+    for ahead in (False, True):
+        sampler = Sampler(policy, window=7, cuda_graphs=cuda_graphs)
         sampler.decoder.looks_ahead = ahead
         results.append(sampler.generate(PROMPTS, params, group_size=4))
-    assert results[1] == results[0] and results[2] == results[0]
+    assert results[0] == results[1]
 
 
 @pytest.mark.gpu
