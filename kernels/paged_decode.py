@@ -6,17 +6,23 @@ A context of C tokens is its last token, and splits of SPLIT tokens before it th
     of the last:     m = x_{C-1}           l = 1                           a = v_{C-1}
 
 with x_j = log2(e) * scale * q . k_j in float32. The parts are folded in order, the last token last, into a / l.
-One program per (sequence, key head) reads each key and value once for all H / KVH query heads. Where these are too
-few to fill a card, up to ``PROGRAMS`` of them share a context's splits, and a second kernel folds the parts: which
-way a step takes depends on its shapes, but the parts, their order and so the bits do not. A sequence's result
-depends on neither its batch nor the width of the table.
+Programs (sequence, key head, p) leave the parts in a workspace, each key and value read once for all H / KVH query
+heads; a second kernel folds them. How many programs share a context's splits depends on the shapes of a call, but
+the parts, their order and so the bits do not: a sequence's result depends on neither its batch nor the width of the
+table.
+
+Keys and values go from memory straight to the registers of the lane that multiplies them. Warp w of a program has the
+keys w KEYS .. w KEYS + KEYS - 1 of its split, and the warps' parts are added in a tree.
 
 With ``cos`` and ``sin`` q and k are rotated in registers, rounded as ``rotary`` rounds them, and the cache gets the
 rotated key. The last token's key and value are taken from the arguments, so nothing waits for their store.
 
-For C tokens of context: 2 C KVH D elements read, 4 C H D FLOPs. Workspace, on the second way alone: S H (splits + 1)
-(D + 2) float32 values, splits = ceil(tokens of the table's width / SPLIT), held to ``WORKSPACE`` bytes by taking the
-sequences in chunks (of one at least).
+Neighbouring sequences, up to FAMILY, whose tables name the same blocks for a full split are found on the device; one
+program then reads the split once for all of them. The arithmetic of a row is the same, bit for bit.
+
+For C tokens of context: 2 C KVH D elements read, 4 C H D FLOPs. Workspace: S H (splits + 1) (D + 2) float32 values,
+splits = ceil(tokens of the table's width / SPLIT), held to ``WORKSPACE`` bytes by taking the sequences in chunks (of
+one at least).
 """
 
 import torch
@@ -33,32 +39,24 @@ FAMILY = 8  # neighbouring sequences that may share the reading of a split
 WORKSPACE = 64 * 2**20  # bytes of workspace, unless one sequence needs more
 LOG2_E = 1.4426950408889634
 
-# Most bytes of a padded head row; SPLIT, warps, stages. One table for all cards: two tiles of keys and two of values
-# fit the 99 KiB of sm_86, sm_89 and sm_120.
-CONFIGS = ((128, (4, 32)), (256, (4, 16)), (512, (2, 16)), (1024, (2, 16)))
+# Most bytes of a padded head row; WARPS and KEYS, whose product is SPLIT. One table for all cards: what the warps
+# exchange fits the 99 KiB of sm_86, sm_89 and sm_120.
+CONFIGS = ((128, (4, 32)), (256, (4, 32)), (512, (2, 16)), (1024, (2, 16)))
 
-
-# The order in which the compiler deals a tile's dimensions out to lanes, warps and registers.
+# Whether the compiler deals a tile's dimensions out to lanes, warps and registers from the first on.
 LANES_FIRST = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
 
 
 @triton.jit
 def _fold(m, l, acc, m_part, l_part, part):
-    """Add a part to the (m, l, acc) of the parts before it. Explicit, so that every kernel rounds alike."""
+    """Add a part to the (m, l, acc) of the parts before it."""
     m_new = tl.maximum(m, m_part)
     shrink, grow = tl.exp2(m - m_new), tl.exp2(m_part - m_new)
-    l = tl.fma(l_part, grow, l * shrink)
-    if len(acc.shape) == 2:
-        acc = tl.fma(part, tl.broadcast_to(grow[:, None], acc.shape), acc * shrink[:, None])
-    else:
-        acc = tl.fma(part, tl.broadcast_to(grow, acc.shape), acc * shrink)
-    return m_new, l, acc
+    return m_new, l * shrink + l_part * grow, acc * shrink + part * grow
 
 
 @triton.jit
-def _heads(
-    x, cos, sin, row, angle_row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
+def _heads(x, cos, sin, row, angle_row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of heads (rows, BLOCK_D), rotated where cos is given and rounded as ``rotary`` rounds; zero beyond mask.
 
     row and angle_row: offsets of each row in x and in cos and sin.
@@ -152,19 +150,20 @@ def _over_warps(x, WARPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexp
     if WARPS >= 4:
         even, odd = tl.split(x.reshape(ROWS, COLUMNS, 2, 2))
         x = even + odd
-    even, odd = tl.split(x)
-    return even + odd
+    if WARPS >= 2:
+        even, odd = tl.split(x)
+        x = even + odd
+    return x.reshape(ROWS, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["sequences", "slots"])
 def _parts_kernel(
     q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, addresses, partial, stats, scale_log2,
-    sequences, slots, table_row, k_block, v_block, new_k_token, new_k_head, new_v_token, new_v_head, COS_TOKEN,
-    Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
-    K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, PAGE_BITS: tl.constexpr, WARPS: tl.constexpr,
-    KEYS: tl.constexpr, FAMILY: tl.constexpr, ROWS: tl.constexpr, SEAT: tl.constexpr, CHUNKS: tl.constexpr, LANES_FIRST: tl.constexpr,
-    PDL: tl.constexpr,
+    sequences, slots, table_row, k_block, v_block, new_k_token, new_k_head, new_v_token, new_v_head, angle_token,
+    Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
+    V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    PAGE: tl.constexpr, PAGE_BITS: tl.constexpr, WARPS: tl.constexpr, KEYS: tl.constexpr, FAMILY: tl.constexpr,
+    ROWS: tl.constexpr, SEAT: tl.constexpr, CHUNKS: tl.constexpr, LANES_FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, key head, p) leaves the parts of splits p, p + P, ... and program P that of the last token.
 
@@ -191,20 +190,12 @@ def _parts_kernel(
             BLOCK_D: tl.constexpr = 64 * CHUNKS
             d = tl.arange(0, BLOCK_D)
             inside = row < GROUP
-            queries = _heads(
-                q,
-                cos,
-                sin,
-                sequence * Q_TOKEN + head * Q_HEAD,
-                sequence * COS_TOKEN + 0 * row,
-                inside,
-                D,
-                BLOCK_D,
-            )
+            q_row, angle_row = sequence * Q_TOKEN + head * Q_HEAD, sequence * angle_token + 0 * row
+            queries = _heads(q, cos, sin, q_row, angle_row, inside, D, BLOCK_D)
             m, part = _last_part(
                 queries, k, v, cos, sin, k_cache, v_cache, table, last, scale_log2,
                 sequence * new_k_token + kv_head * new_k_head, sequence * new_v_token + kv_head * new_v_head,
-                sequence * COS_TOKEN, k_block, K_TOKEN, v_block, V_TOKEN, D, PAGE, BLOCK_D,
+                sequence * angle_token, k_block, K_TOKEN, v_block, V_TOKEN, D, PAGE, BLOCK_D,
             )  # fmt: skip
             slot = (sequence * heads + head) * slots + tl.cdiv(last, SPLIT)
             tl.store(stats + slot * 2, m, mask=inside)
@@ -252,7 +243,7 @@ def _parts_kernel(
                 high = tl.load(q_at + HALF, mask=q_there & (HALF + c < D)[None, :], other=0.0)
                 if cos is not None:
                     x, y = low.to(tl.float32), high.to(tl.float32)
-                    angle_at = (owner * COS_TOKEN)[:, None] + c[None, :]
+                    angle_at = (owner * angle_token)[:, None] + c[None, :]
                     turns = tl.load(cos + angle_at, mask=q_there, other=0.0)
                     lifts = tl.load(sin + angle_at, mask=q_there, other=0.0)
                     # A sum of one: the compiler would else rotate in every warp what one rotation can share.
