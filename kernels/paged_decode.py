@@ -6,17 +6,23 @@ A context of C tokens is its last token, and splits of SPLIT tokens before it th
     of the last:     m = x_{C-1}           l = 1                           a = v_{C-1}
 
 with x_j = log2(e) * scale * q . k_j in float32. The parts are folded in order, the last token last, into a / l.
-One program per (sequence, key head) reads each key and value once for all H / KVH query heads. Where these are too
-few to fill a card, up to ``PROGRAMS`` of them share a context's splits, and a second kernel folds the parts: which
-way a step takes depends on its shapes, but the parts, their order and so the bits do not. A sequence's result
-depends on neither its batch nor the width of the table.
+Programs (sequence, key head, p) leave the parts in a workspace, each key and value read once for all H / KVH query
+heads; a second kernel folds them. How many programs share a context's splits depends on the shapes of a call, but
+the parts, their order and so the bits do not: a sequence's result depends on neither its batch nor the width of the
+table.
+
+Keys and values go from memory straight to the registers of the lane that multiplies them. Warp w of a program has the
+keys w KEYS .. w KEYS + KEYS - 1 of its split, and the warps' parts are added in a tree.
 
 With ``cos`` and ``sin`` q and k are rotated in registers, rounded as ``rotary`` rounds them, and the cache gets the
 rotated key. The last token's key and value are taken from the arguments, so nothing waits for their store.
 
-For C tokens of context: 2 C KVH D elements read, 4 C H D FLOPs. Workspace, on the second way alone: S H (splits + 1)
-(D + 2) float32 values, splits = ceil(tokens of the table's width / SPLIT), held to ``WORKSPACE`` bytes by taking the
-sequences in chunks (of one at least).
+Neighbouring sequences, up to FAMILY, whose tables name the same blocks for a full split are found on the device; one
+program then reads the split once for all of them. The arithmetic of a row is the same, bit for bit.
+
+For C tokens of context: 2 C KVH D elements read, 4 C H D FLOPs. Workspace: S H splits (D + 2) float32 values,
+splits = ceil(tokens of the table's width / SPLIT), held to ``WORKSPACE`` bytes by taking the sequences in chunks (of
+one at least).
 """
 
 import torch
@@ -33,32 +39,24 @@ FAMILY = 8  # neighbouring sequences that may share the reading of a split
 WORKSPACE = 64 * 2**20  # bytes of workspace, unless one sequence needs more
 LOG2_E = 1.4426950408889634
 
-# Most bytes of a padded head row; SPLIT, warps, stages. One table for all cards: two tiles of keys and two of values
-# fit the 99 KiB of sm_86, sm_89 and sm_120.
-CONFIGS = ((128, (4, 32)), (256, (4, 16)), (512, (2, 16)), (1024, (2, 16)))
+# Most bytes of a padded head row; WARPS and KEYS, whose product is SPLIT. One table for all cards: what the warps
+# exchange fits the 99 KiB of sm_86, sm_89 and sm_120.
+CONFIGS = ((128, (4, 32)), (256, (4, 32)), (512, (2, 16)), (1024, (2, 16)))
 
-
-# The order in which the compiler deals a tile's dimensions out to lanes, warps and registers.
+# Whether the compiler deals a tile's dimensions out to lanes, warps and registers from the first on.
 LANES_FIRST = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
 
 
 @triton.jit
 def _fold(m, l, acc, m_part, l_part, part):
-    """Add a part to the (m, l, acc) of the parts before it. Explicit, so that every kernel rounds alike."""
+    """Add a part to the (m, l, acc) of the parts before it."""
     m_new = tl.maximum(m, m_part)
     shrink, grow = tl.exp2(m - m_new), tl.exp2(m_part - m_new)
-    l = tl.fma(l_part, grow, l * shrink)
-    if len(acc.shape) == 2:
-        acc = tl.fma(part, tl.broadcast_to(grow[:, None], acc.shape), acc * shrink[:, None])
-    else:
-        acc = tl.fma(part, tl.broadcast_to(grow, acc.shape), acc * shrink)
-    return m_new, l, acc
+    return m_new, l * shrink + l_part * grow, acc * shrink[:, None] + part * grow[:, None]
 
 
 @triton.jit
-def _heads(
-    x, cos, sin, row, angle_row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
+def _heads(x, cos, sin, row, angle_row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of heads (rows, BLOCK_D), rotated where cos is given and rounded as ``rotary`` rounds; zero beyond mask.
 
     row and angle_row: offsets of each row in x and in cos and sin.
@@ -79,10 +77,10 @@ def _heads(
 
 @triton.jit
 def _last_part(
-    queries, k, v, cos, sin, k_cache, v_cache, table, last, scale_log2, k_row, v_row, angle_row, k_block, k_token,
-    v_block, v_token, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+    queries, k, v, cos, sin, k_cache, v_cache, table, last, stores, scale_log2, k_row, v_row, angle_row,
+    k_block, k_token, v_block, v_token, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(m, a) of the token at ``last``, which is stored first where k and v bring it."""
+    """(m, a) of the token at ``last``; where k and v bring it, it is put into the cache if ``stores``."""
     d = tl.arange(0, BLOCK_D)
     there = (d < D) & (last >= 0)
     block = tl.load(table + last // PAGE, mask=last >= 0, other=0).to(tl.int64)
@@ -94,8 +92,8 @@ def _last_part(
         one = tl.zeros([1], tl.int64)
         key = _heads(k, cos, sin, one + k_row, one + angle_row, one == 0, D, BLOCK_D)
         value = tl.load(v + v_row + d, mask=there, other=0.0)
-        tl.store(k_at[None, :], key, mask=there[None, :])
-        tl.store(v_at, value, mask=there)
+        tl.store(k_at[None, :], key, mask=(there & stores)[None, :])
+        tl.store(v_at, value, mask=there & stores)
     m = tl.sum(queries.to(tl.float32) * key.to(tl.float32), 1) * scale_log2
     return m, tl.broadcast_to(value.to(tl.float32)[None, :], queries.shape)
 
@@ -152,21 +150,22 @@ def _over_warps(x, WARPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexp
     if WARPS >= 4:
         even, odd = tl.split(x.reshape(ROWS, COLUMNS, 2, 2))
         x = even + odd
-    even, odd = tl.split(x)
-    return even + odd
+    if WARPS >= 2:
+        even, odd = tl.split(x)
+        x = even + odd
+    return x.reshape(ROWS, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["sequences", "slots"])
 def _parts_kernel(
-    q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, addresses, partial, stats, scale_log2,
-    sequences, slots, table_row, k_block, v_block, new_k_token, new_k_head, new_v_token, new_v_head, COS_TOKEN,
-    Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
-    K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, PAGE_BITS: tl.constexpr, WARPS: tl.constexpr,
-    KEYS: tl.constexpr, FAMILY: tl.constexpr, ROWS: tl.constexpr, SEAT: tl.constexpr, CHUNKS: tl.constexpr,
-    LANES_FIRST: tl.constexpr, PDL: tl.constexpr,
+    q, cos, sin, k_cache, v_cache, block_table, context_lens, addresses, partial, stats, scale_log2,
+    sequences, slots, table_row, k_block, v_block, angle_token,
+    Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
+    V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    PAGE: tl.constexpr, PAGE_BITS: tl.constexpr, WARPS: tl.constexpr, KEYS: tl.constexpr, FAMILY: tl.constexpr,
+    ROWS: tl.constexpr, SEAT: tl.constexpr, CHUNKS: tl.constexpr, LANES_FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence, key head, p) leaves the parts of splits p, p + P, ... and program P that of the last token.
+    """Program (sequence, key head, p) leaves the parts of splits p, p + P, ... of P programs.
 
     Warp w has keys w * KEYS .. w * KEYS + KEYS - 1 of a split.
     """
@@ -180,38 +179,12 @@ def _parts_kernel(
     t, g, i = tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, 8)
     row, c = tl.arange(0, ROWS), tl.arange(0, 32 * CHUNKS)
     head, heads = kv_head * GROUP + row % SEAT, tl.num_programs(1) * GROUP
-    programs = tl.num_programs(2) - 1
     wait_for_inputs(PDL)
     last = tl.load(context_lens + sequence) - 1
     k_cache = place(k_cache, addresses, 0) + kv_head * K_HEAD
     v_cache = place(v_cache, addresses, 1) + kv_head * V_HEAD
     table = block_table + sequence * table_row
-    if program == programs:
-        if last >= 0:
-            BLOCK_D: tl.constexpr = 64 * CHUNKS
-            d = tl.arange(0, BLOCK_D)
-            inside = row < GROUP
-            queries = _heads(
-                q,
-                cos,
-                sin,
-                sequence * Q_TOKEN + head * Q_HEAD,
-                sequence * COS_TOKEN + 0 * row,
-                inside,
-                D,
-                BLOCK_D,
-            )
-            m, part = _last_part(
-                queries, k, v, cos, sin, k_cache, v_cache, table, last, scale_log2,
-                sequence * new_k_token + kv_head * new_k_head, sequence * new_v_token + kv_head * new_v_head,
-                sequence * COS_TOKEN, k_block, K_TOKEN, v_block, V_TOKEN, D, PAGE, BLOCK_D,
-            )  # fmt: skip
-            slot = (sequence * heads + head) * slots + tl.cdiv(last, SPLIT)
-            tl.store(stats + slot * 2, m, mask=inside)
-            tl.store(stats + slot * 2 + 1, tl.full([ROWS], 1.0, tl.float32), mask=inside)
-            tl.store(partial + slot[:, None] * D + d[None, :], part, mask=inside[:, None] & (d < D)[None, :])
-        return
-    for split in range(program, tl.cdiv(last, SPLIT), programs):
+    for split in range(program, tl.cdiv(last, SPLIT), tl.num_programs(2)):
         members = tl.full([], 1, tl.int64)
         if FAMILY > 1:
             members = _family(
@@ -252,7 +225,7 @@ def _parts_kernel(
                 high = tl.load(q_at + HALF, mask=q_there & (HALF + c < D)[None, :], other=0.0)
                 if cos is not None:
                     x, y = low.to(tl.float32), high.to(tl.float32)
-                    angle_at = (owner * COS_TOKEN)[:, None] + c[None, :]
+                    angle_at = (owner * angle_token)[:, None] + c[None, :]
                     turns = tl.load(cos + angle_at, mask=q_there, other=0.0)
                     lifts = tl.load(sin + angle_at, mask=q_there, other=0.0)
                     # A sum of one: the compiler would else rotate in every warp what one rotation can share.
@@ -280,33 +253,47 @@ def _parts_kernel(
 
 @triton.jit(do_not_specialize=["slots"])
 def _merge_kernel(
-    partial, stats, context_lens, out, slots, out_token, out_head,
-    D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, addresses, partial, stats, out, scale_log2,
+    slots, table_row, angle_token, q_token, q_head, new_k_token, new_k_head, new_v_token, new_v_head,
+    k_block, k_token, k_head, v_block, v_token, v_head, out_token, out_head,
+    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out of one (sequence, head): its parts folded in order, AHEAD of them loaded together."""
+    """out of one (sequence, head): its parts folded in order, AHEAD of them loaded together, then the last token."""
     wait_for_inputs(PDL)
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    d = tl.arange(0, BLOCK_D)
-    first = (sequence * tl.num_programs(1) + head) * slots
+    kv_head = head // GROUP
+    d, one = tl.arange(0, BLOCK_D), tl.zeros([1], tl.int64)
     last = tl.load(context_lens + sequence) - 1
-    parts = tl.where(last < 0, 0, tl.cdiv(last, SPLIT) + 1)
-    m, l = float("-inf"), 0.0
-    acc = tl.zeros([BLOCK_D], tl.float32)
+    angle_row = sequence * angle_token
+    q_row = sequence * q_token + head * q_head
+    query = _heads(q, cos, sin, one + q_row, one + angle_row, one == 0, D, BLOCK_D)
+    m_last, last_part = _last_part(
+        query, k, v, cos, sin, place(k_cache, addresses, 0) + kv_head * k_head,
+        place(v_cache, addresses, 1) + kv_head * v_head, block_table + sequence * table_row, last, head % GROUP == 0,
+        scale_log2, sequence * new_k_token + kv_head * new_k_head, sequence * new_v_token + kv_head * new_v_head,
+        angle_row, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D,
+    )  # fmt: skip
+    first = (sequence * tl.num_programs(1) + head) * slots
+    parts = tl.cdiv(tl.maximum(last, 0), SPLIT)
+    m, l = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
+    acc = tl.zeros([1, BLOCK_D], tl.float32)
     for begin in range(0, parts, AHEAD):
         loaded = ()
         for i in tl.static_range(AHEAD):
-            at, there = first + begin + i, begin + i < parts
+            at, there = one + (first + begin + i), one + (begin + i) < parts
             loaded = loaded + (
                 (
                     tl.load(stats + 2 * at, mask=there, other=float("-inf")),
                     tl.load(stats + 2 * at + 1, mask=there, other=0.0),
-                    tl.load(partial + at * D + d, mask=there & (d < D), other=0.0),
+                    tl.load(partial + at[:, None] * D + d, mask=there[:, None] & (d < D), other=0.0),
                 ),
             )
         for i in tl.static_range(AHEAD):
             m, l, acc = _fold(m, l, acc, loaded[i][0], loaded[i][1], loaded[i][2])
-    result = acc / tl.where(l > 0, l, 1.0)
-    tl.store(out + sequence * out_token + head * out_head + d, result.to(out.dtype.element_ty), mask=d < D)
+    m, l, acc = _fold(m, l, acc, m_last, tl.full([1], 1.0, tl.float32), last_part)
+    result = (acc / l[:, None]).to(out.dtype.element_ty)  # an empty context has one key and value, of zeros
+    tl.store(out + sequence * out_token + head * out_head + d[None, :], result, mask=(d < D)[None, :])
 
 
 def head_block(q):
@@ -332,36 +319,38 @@ def paged_decode(q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens,
     q, table, lens = contiguous_rows(q), block_table.contiguous(), context_lens.contiguous()
     (tokens, heads, dim), (page, kv_heads) = q.shape, k_cache.shape[1:3]
     warps, keys = config(q)
-    new = [0, 0, 0, 0, 0]
+    group, split, block_d = heads // kv_heads, warps * keys, head_block(q)
+    q_strides, new_strides, angle_stride = q.stride()[:2], (0, 0, 0, 0), 0
     if k is not None:
         k, v = contiguous_rows(k), contiguous_rows(v)
-        new[:4] = *k.stride()[:2], *v.stride()[:2]
+        new_strides = *k.stride()[:2], *v.stride()[:2]
     if cos is not None:
         cos, sin = cos.contiguous(), sin.contiguous()
-        new[4] = cos.stride(0)
-    group, split = heads // kv_heads, warps * keys
-    rows = max(16, triton.next_power_of_2(group))
+        angle_stride = cos.stride(0)
     splits = triton.cdiv(table.shape[1] * page, split)
-    programs, slots = min(splits, triton.cdiv(PROGRAMS, tokens * kv_heads)), splits + 1
-    chunk = min(tokens, max(1, WORKSPACE // (4 * heads * slots * (dim + 2))))
-    partial = torch.empty(chunk * heads * slots * dim, dtype=torch.float32, device=q.device)
-    stats = torch.empty(chunk * heads * slots * 2, dtype=torch.float32, device=q.device)
+    programs = max(1, min(splits, triton.cdiv(PROGRAMS, tokens * kv_heads)))
+    chunk = min(tokens, max(1, WORKSPACE // (4 * heads * max(1, splits) * (dim + 2))))
+    partial = torch.empty(chunk * heads * splits * dim, dtype=torch.float32, device=q.device)
+    stats = torch.empty(chunk * heads * splits * 2, dtype=torch.float32, device=q.device)
     launch = dependent_launch(q)
     for start in range(0, tokens, chunk):
         part = slice(start, min(start + chunk, tokens))
         some = [x if x is None or chunk == tokens else x[part] for x in (q, k, v, cos, sin, table, lens, out)]
-        *inputs, some_table, some_lens, some_out = some
+        some_q, some_k, some_v, *angles, some_table, some_lens, some_out = some
+        shared = k_cache, v_cache, some_table, some_lens, addresses, partial, stats
         with _runtime.launch_on(q):
-            _parts_kernel[(len(some_lens), kv_heads, programs + 1)](
-                *inputs, k_cache, v_cache, some_table, some_lens, addresses, partial, stats, scale * LOG2_E,
-                len(some_lens), slots, table.stride(0), k_cache.stride(0), v_cache.stride(0), *new,
-                *q.stride()[:2], *k_cache.stride()[1:3], *v_cache.stride()[1:3], GROUP=group, D=dim, PAGE=page,
-                PAGE_BITS=page.bit_length() - 1, WARPS=warps, KEYS=keys, FAMILY=FAMILY, ROWS=rows,
-                SEAT=max(8, triton.next_power_of_2(group)), num_warps=warps, num_stages=1,
-                CHUNKS=triton.next_power_of_2(triton.cdiv(dim, 64)), LANES_FIRST=LANES_FIRST, **launch,
+            _parts_kernel[(len(some_lens), kv_heads, programs)](
+                some_q, *angles, *shared, scale * LOG2_E, len(some_lens), splits, table.stride(0),
+                k_cache.stride(0), v_cache.stride(0), angle_stride, *q_strides, *k_cache.stride()[1:3],
+                *v_cache.stride()[1:3], GROUP=group, D=dim, PAGE=page, PAGE_BITS=page.bit_length() - 1, WARPS=warps,
+                KEYS=keys, FAMILY=FAMILY, ROWS=max(16, triton.next_power_of_2(group)),
+                SEAT=max(8, triton.next_power_of_2(group)), CHUNKS=triton.next_power_of_2(triton.cdiv(dim, 64)),
+                LANES_FIRST=LANES_FIRST, num_warps=warps, num_stages=1, **launch,
             )  # fmt: skip
             _merge_kernel[(len(some_lens), heads)](
-                partial, stats, some_lens, some_out, slots, *out.stride()[:2], D=dim, SPLIT=split,
-                BLOCK_D=head_block(q), AHEAD=4, num_warps=1, **launch,
+                some_q, some_k, some_v, *angles, *shared, some_out, scale * LOG2_E, splits, table.stride(0),
+                angle_stride, *q_strides, *new_strides, *k_cache.stride()[:3], *v_cache.stride()[:3],
+                *out.stride()[:2], GROUP=group, D=dim, PAGE=page, SPLIT=split, BLOCK_D=block_d, AHEAD=4,
+                num_warps=1, **launch,
             )  # fmt: skip
     return out
