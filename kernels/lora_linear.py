@@ -290,8 +290,9 @@ def lora_linear_stacked(
         lora_a: P tensors (r, K), all of one dtype, float32 or x's.
         lora_b: P tensors (N_p, r), all of one dtype, float32 or x's.
         starts: P first outputs, rising, so that the parts do not overlap; None: end to end from 0, all N outputs.
-        gated: give ``swiglu(y)``, (..., N / 2), instead of y. residual (..., N) of x's dtype: give residual + y. One or
-            neither. For few rows and without a graph to build, this costs no launch of its own.
+        gated: give ``swiglu(y)``, (..., N / 2), instead of y.
+        residual: (..., N) of x's dtype, or None: give residual + y. Not with ``gated``. For few rows and without a
+            graph to build, neither costs a launch of its own.
 
     Returns:
         (..., N) in x's dtype.
@@ -364,7 +365,8 @@ def _apply(x, weight, bias, columns, scaling, adapters, gated=False, residual=No
     else:
         forward = route(_op, _lora_linear_triton, _lora_linear_torch, x.device)
         if (gated or residual is not None) and forward is _lora_linear_triton and _few(rows, N):
-            stacks = [_stack(part).contiguous() for part in (adapters[: len(adapters) // 2], adapters[len(adapters) // 2 :])]
+            P = len(columns) // 2
+            stacks = _stack(adapters[:P]).contiguous(), _stack(adapters[P:]).contiguous()
             y = few_rows(
                 rows, tensors, *stacks, columns, float(scaling), bias, quant_block, first_block,
                 gated=gated, residual=None if residual is None else residual.reshape(-1, N).contiguous(),

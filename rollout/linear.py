@@ -43,7 +43,8 @@ def concatenate(weights):
     if len(weights) == 1:
         return first
     kinds = [
-        (w.format, w.quant_block, w.dtype, w.codes.dtype) if isinstance(w, QuantizedWeight) else w.dtype for w in weights
+        (w.format, w.quant_block, w.dtype, w.codes.dtype) if isinstance(w, QuantizedWeight) else w.dtype
+        for w in weights
     ]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"weights that share an input are of different kinds: {kinds}")
