@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from . import _runtime
+from .dependent_launch import dependent_launch, wait_for_inputs
 from .dispatch import route
 
 BLOCK = 256
@@ -40,8 +41,10 @@ def advance_rows_ref(drawn, logprobs, kept, stops, words, context_lens, record, 
 
 @triton.jit
 def _advance_kernel(
-    drawn, logprobs, kept, stops, words, context_lens, record, step, B, steps, BLOCK: tl.constexpr
-):
+    drawn, logprobs, kept, stops, words, context_lens, record, step, B, steps,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(PDL)
     now = tl.load(step)
     for start in range(0, B, BLOCK):
         row = start + tl.arange(0, BLOCK)
@@ -80,7 +83,7 @@ def _advance_triton(
         _advance_kernel[(1,)](
             drawn.contiguous(), logprobs.contiguous(), kept if kept is None else kept.contiguous(),
             stops.view(torch.uint8), words, context_lens, record, step, words.shape[1], len(record),
-            BLOCK=BLOCK, num_warps=4,
+            BLOCK=BLOCK, num_warps=4, **dependent_launch(words),
         )  # fmt: skip
 
 

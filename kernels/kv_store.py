@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from . import _runtime
+from .dependent_launch import dependent_launch, wait_for_inputs
 from .paged_attention_cpu import store_kv_cpu
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,8 +42,9 @@ def _store_kv_kernel(
     k, v, k_cache, v_cache, slot_mapping, addresses,
     k_token, k_head, v_token, v_head,
     k_cache_block, k_cache_token, k_cache_head, v_cache_block, v_cache_token, v_cache_head,
-    ROW: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    ROW: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
     if slot < 0:
@@ -73,7 +75,7 @@ def _store_kv_triton(
             k, v, k_cache, v_cache, slot_mapping.contiguous(), addresses, *k.stride()[:2], *v.stride()[:2],
             *k_cache.stride()[:3], *v_cache.stride()[:3],
             ROW=kv_heads * dim, D=dim, PAGE=k_cache.shape[1], BLOCK=triton.next_power_of_2(kv_heads * dim),
-            num_warps=4,
+            num_warps=4, **dependent_launch(k),
         )  # fmt: skip
 
 

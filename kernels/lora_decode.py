@@ -240,7 +240,7 @@ def add_update(base, bias, update, dtype, pdl):
 
 
 def few_rows(
-    x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block, *, gated=False, residual=None
+    x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block, gated=False, residual=None
 ):
     """``lora_linear`` on 1 to ``MAX_ROWS`` rows; then, on request, what follows it in a decoder layer.
 

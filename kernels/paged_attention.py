@@ -1,4 +1,4 @@
-"""Attention over a paged key-value cache: split-KV decode, with or without the store of its keys, and prefill.
+"""Attention over a paged key-value cache: decode, with or without the store of its keys, and prefill.
 
 For query position p of a sequence and head h, with g = h // (H / KVH) its key head,
 
@@ -8,13 +8,9 @@ where key j of sequence i stands in the cache at ``[block_table[i, j // block_si
 queries of a sequence are the last positions of its context, so one op serves prefill, chunked prefill behind
 a cached prefix, and decode.
 
-Decode cuts a context into splits of ``SPLIT`` tokens anchored at position 0. One program per (sequence, key
-head, split) reads each key and value once for all H / KVH query heads; a second kernel merges the splits in
-order. So a sequence's result depends on neither its batch nor the width of the table. For C tokens of context
-it reads 2 C KVH D elements and does 4 C H D FLOPs. Its workspace is S H ceil(max_context / SPLIT) (D + 2)
-float32 values, held to ``WORKSPACE`` bytes by taking the sequences in chunks (of one at least).
-``append_attention`` is decode that brings the keys and values of the last tokens and stores them on the way: the
-program whose split ends a context writes them, and every program takes them from the argument.
+Decode is ``paged_decode``, whose file says how it splits a context. ``append_attention`` is decode that brings the
+queries, keys and values of the last tokens as the projections made them: it rotates queries and keys, stores keys
+and values, and attends, in one launch or two.
 Prefill walks the pages of a sequence once per (query block, head); it needs no workspace.
 
 Scores, softmax and sums are float32 (float64 for float64 inputs, on the CPU only); probabilities are rounded
@@ -31,19 +27,12 @@ import triton.language as tl
 from . import _runtime
 from .kv_store import check_addresses, check_caches, check_index, place
 from .paged_attention_cpu import append_attention_cpu, paged_attention_cpu
+from .paged_decode import LOG2_E, contiguous_rows, head_block, paged_decode
+from .rotary import rotary_ref
 
-SPLIT = 256  # tokens; fixed, so that the order of a row's additions is fixed
-WORKSPACE = 64 * 2**20  # bytes of decode workspace, unless one sequence needs more
-LOG2_E = 1.4426950408889634
-
-# Most bytes of a padded head row; decode (BLOCK_N, warps, stages); prefill (BLOCK_M, BLOCK_N, warps, stages).
-# One table for all cards: each entry fits the 99 KiB of sm_86, sm_89 and sm_120.
-CONFIGS = (
-    (128, (64, 4, 3), (128, 64, 4, 2)),
-    (256, (64, 4, 2), (64, 64, 4, 2)),
-    (512, (32, 4, 2), (64, 32, 4, 1)),
-    (1024, (16, 4, 2), (32, 16, 4, 1)),
-)
+# Most bytes of a padded head row; BLOCK_M, BLOCK_N, warps and stages of prefill. One table for all cards: each entry
+# fits the 99 KiB of sm_86, sm_89 and sm_120.
+CONFIGS = ((128, (128, 64, 4, 2)), (256, (64, 64, 4, 2)), (512, (64, 32, 4, 1)), (1024, (32, 16, 4, 1)))
 
 
 def paged_attention_ref(q, k_cache, v_cache, block_table, context_lens, *, cu_seqlens_q=None, scale=None):
@@ -68,25 +57,21 @@ def paged_attention_ref(q, k_cache, v_cache, block_table, context_lens, *, cu_se
 
 @triton.jit
 def _attend(
-    q, m, l, acc, position, n, context, k_cache, v_cache, table, k_last, v_last, scale_log2,
+    q, m, l, acc, position, n, context, k_cache, v_cache, table, scale_log2,
     k_block, k_token, v_block, v_token, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys ``n`` for query rows at ``position``: the online softmax's step, in base 2."""
     d = tl.arange(0, BLOCK_D)
     present = n < context
-    stored = present if k_last is None else n < context - 1
-    block = tl.load(table + n // PAGE, mask=stored, other=0).to(tl.int64)
+    block = tl.load(table + n // PAGE, mask=present, other=0).to(tl.int64)
     # Absent keys and values load as zeros: what an unused slot holds must not reach a product.
-    mask = stored[:, None] & (d < D)[None, :]
+    mask = present[:, None] & (d < D)[None, :]
     key = tl.load(
         k_cache + (block * k_block + n % PAGE * k_token)[:, None] + d[None, :], mask=mask, other=0.0
     )
     value = tl.load(
         v_cache + (block * v_block + n % PAGE * v_token)[:, None] + d[None, :], mask=mask, other=0.0
     )
-    if k_last is not None:
-        key = tl.where(n[:, None] == context - 1, k_last[None, :], key)
-        value = tl.where(n[:, None] == context - 1, v_last[None, :], value)
     scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale_log2
     visible = present[None, :] & (n[None, :] <= position[:, None])
     scores = tl.where(visible, scores, float("-inf"))
@@ -96,80 +81,6 @@ def _attend(
     l = l * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
     return m_new, l, acc
-
-
-@triton.jit
-def _decode_kernel(
-    q, k, v, k_cache, v_cache, block_table, context_lens, addresses, out, partial, maxima, sums, scale_log2, splits,
-    table_row, q_token, q_head, new_k_token, new_k_head, new_v_token, new_v_head, out_token, out_head,
-    k_block, k_token, k_head, v_block, v_token, v_head,
-    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, MERGE: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    context = tl.load(context_lens + sequence)
-    k_cache, v_cache = place(k_cache, addresses, 0), place(v_cache, addresses, 1)
-    start = split * SPLIT
-    if MERGE:
-        if start >= context:
-            return
-    row, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-    head = kv_head * GROUP + row
-    inside = (row < GROUP)[:, None] & (d < D)[None, :]
-    queries = tl.load(q + sequence * q_token + head[:, None] * q_head + d[None, :], mask=inside, other=0.0)
-    m = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    position = tl.zeros([BLOCK_G], tl.int32) + (context - 1)
-    k_cache, v_cache, table = (
-        k_cache + kv_head * k_head,
-        v_cache + kv_head * v_head,
-        block_table + sequence * table_row,
-    )
-    k_last, v_last = None, None
-    if k is not None:
-        k_last = tl.load(k + sequence * new_k_token + kv_head * new_k_head + d, mask=d < D, other=0.0)
-        v_last = tl.load(v + sequence * new_v_token + kv_head * new_v_head + d, mask=d < D, other=0.0)
-        last = context - 1
-        if (last >= start) & (last < start + SPLIT):
-            block = tl.load(table + last // PAGE).to(tl.int64)
-            tl.store(k_cache + block * k_block + last % PAGE * k_token + d, k_last, mask=d < D)
-            tl.store(v_cache + block * v_block + last % PAGE * v_token + d, v_last, mask=d < D)
-    for first in range(start, tl.minimum(start + SPLIT, context), BLOCK_N):
-        m, l, acc = _attend(
-            queries, m, l, acc, position, first + tl.arange(0, BLOCK_N), context,
-            k_cache, v_cache, table, k_last, v_last, scale_log2, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D,
-        )  # fmt: skip
-    if MERGE:
-        slot = (sequence * tl.num_programs(1) * GROUP + head) * splits + split
-        tl.store(maxima + slot, m, mask=row < GROUP)
-        tl.store(sums + slot, l, mask=row < GROUP)
-        tl.store(partial + slot[:, None] * D + d[None, :], acc, mask=inside)
-    else:  # one split is the whole context: what the merge of it would give, bit for bit
-        result = acc / tl.where(l > 0, l, 1.0)[:, None]
-        to = out + sequence * out_token + head[:, None] * out_head + d[None, :]
-        tl.store(to, result.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _merge_kernel(
-    partial, maxima, sums, context_lens, out, splits, out_token, out_head,
-    D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    d = tl.arange(0, BLOCK_D)
-    first = (sequence * tl.num_programs(1) + head) * splits
-    m, l = float("-inf"), 0.0
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for split in range(0, tl.cdiv(tl.load(context_lens + sequence), SPLIT)):
-        m_split = tl.load(maxima + first + split)
-        m_new = tl.maximum(m, m_split)
-        shrink, grow = tl.exp2(m - m_new), tl.exp2(m_split - m_new)
-        l = l * shrink + tl.load(sums + first + split) * grow
-        acc = acc * shrink + tl.load(partial + (first + split) * D + d, mask=d < D, other=0.0) * grow
-        m = m_new
-    result = acc / tl.where(l > 0, l, 1.0)  # an empty context gives zero
-    tl.store(out + sequence * out_token + head * out_head + d, result.to(out.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -207,7 +118,7 @@ def _prefill_kernel(
         m, l, acc = _attend(
             queries, m, l, acc, position, first + tl.arange(0, BLOCK_N), context,
             k_cache + head // GROUP * k_head, v_cache + head // GROUP * v_head,
-            block_table + sequence * table_row, None, None, scale_log2,
+            block_table + sequence * table_row, scale_log2,
             k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D,
         )  # fmt: skip
     result = acc / tl.where(l > 0, l, 1.0)[:, None]
@@ -215,28 +126,22 @@ def _prefill_kernel(
     tl.store(to, result.to(out.dtype.element_ty), mask=inside)
 
 
-def _head_tiles(q):
-    """Padded head dimension and the (decode, prefill) tiles of CONFIGS for queries like ``q``."""
-    block_d = max(16, triton.next_power_of_2(q.shape[2]))
-    return block_d, *next(tiles for most, *tiles in CONFIGS if block_d * q.element_size() <= most)
-
-
-def _contiguous_rows(x):
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _paged_attention_triton(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
     context_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, scale: float, addresses: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     if cu_seqlens_q is None:
-        return _decode_triton(q, None, None, k_cache, v_cache, block_table, context_lens, scale, addresses)
+        none = (None,) * 4
+        return paged_decode(q, *none, k_cache, v_cache, block_table, context_lens, scale, addresses)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     if len(q) == 0:
         return out
-    q, table, lens = _contiguous_rows(q), block_table.contiguous(), context_lens.contiguous()
+    q, table, lens = contiguous_rows(q), block_table.contiguous(), context_lens.contiguous()
     (tokens, heads, dim), (page, kv_heads) = q.shape, k_cache.shape[1:3]
-    block_d, _, (block_m, block_n, warps, stages) = _head_tiles(q)
+    block_d = head_block(q)
+    block_m, block_n, warps, stages = next(
+        tiles for most, tiles in CONFIGS if block_d * q.element_size() <= most
+    )
     with _runtime.launch_on(q):
         _prefill_kernel[(triton.cdiv(tokens, block_m) + len(lens), heads)](
             q, k_cache, v_cache, table, lens, addresses, cu_seqlens_q.contiguous(), out, scale * LOG2_E,
@@ -250,45 +155,15 @@ def _paged_attention_triton(
 def _append_attention_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     block_table: torch.Tensor, context_lens: torch.Tensor, scale: float, addresses: torch.Tensor | None,
+    cos: torch.Tensor | None, sin: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    return _decode_triton(q, k, v, k_cache, v_cache, block_table, context_lens, scale, addresses)
+    return paged_decode(q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, scale, addresses)
 
 
-def _decode_triton(q, k, v, k_cache, v_cache, block_table, context_lens, scale, addresses):
-    """Decode; with ``k`` and ``v`` these are stored as the last of each context, else they stand there already."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if len(q) == 0:
-        return out
-    q, table, lens = _contiguous_rows(q), block_table.contiguous(), context_lens.contiguous()
-    (tokens, heads, dim), (page, kv_heads) = q.shape, k_cache.shape[1:3]
-    block_d, (block_n, warps, stages), _ = _head_tiles(q)
-    k_strides = v_strides = (0, 0)
-    if k is not None:
-        k, v = _contiguous_rows(k), _contiguous_rows(v)
-        k_strides, v_strides = k.stride()[:2], v.stride()[:2]
-    splits = max(1, triton.cdiv(table.shape[1] * page, SPLIT))
-    chunk = tokens if splits == 1 else min(tokens, max(1, WORKSPACE // (4 * heads * splits * (dim + 2))))
-    values = 0 if splits == 1 else chunk * heads * splits
-    partial = torch.empty(values * dim, dtype=torch.float32, device=q.device)
-    maxima, sums = torch.empty(2, values, dtype=torch.float32, device=q.device)
-    for start in range(0, tokens, chunk):
-        rows = slice(start, min(start + chunk, tokens))
-        new = (None, None) if k is None else (k[rows], v[rows])
-        with _runtime.launch_on(q):
-            _decode_kernel[(rows.stop - start, kv_heads, splits)](
-                q[rows], *new, k_cache, v_cache, table[rows], lens[rows], addresses, out[rows], partial, maxima,
-                sums, scale * LOG2_E, splits, table.stride(0), *q.stride()[:2], *k_strides, *v_strides,
-                *out.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-                GROUP=heads // kv_heads, D=dim, PAGE=page, BLOCK_D=block_d, SPLIT=SPLIT, MERGE=splits > 1,
-                BLOCK_N=block_n, BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
-                num_warps=warps, num_stages=stages,
-            )  # fmt: skip
-            if splits > 1:
-                _merge_kernel[(rows.stop - start, heads)](
-                    partial, maxima, sums, lens[rows], out[rows], splits, *out.stride()[:2],
-                    D=dim, SPLIT=SPLIT, BLOCK_D=block_d, num_warps=1,
-                )  # fmt: skip
-    return out
+def _append_attention_torch(q, k, v, k_cache, v_cache, block_table, context_lens, scale, addresses, cos, sin):
+    if cos is not None:
+        q, k = rotary_ref(q, k, cos, sin)
+    return append_attention_cpu(q, k, v, k_cache, v_cache, block_table, context_lens, scale, addresses)
 
 
 _paged_attention = _runtime.register(
@@ -304,7 +179,7 @@ _append_attention = torch.library.custom_op(
     device_types="cuda",
 )
 _append_attention.register_kernel("cpu")(
-    _append_attention_triton if _runtime.INTERPRET else append_attention_cpu
+    _append_attention_triton if _runtime.INTERPRET else _append_attention_torch
 )
 _append_attention.register_fake(lambda q, *others: torch.empty(q.shape, dtype=q.dtype, device=q.device))
 
@@ -323,16 +198,20 @@ def _check(q, k_cache, v_cache, block_table, context_lens, addresses, one_query)
         )
 
 
-def append_attention(q, k, v, k_cache, v_cache, block_table, context_lens, *, scale=None, addresses=None):
+def append_attention(
+    q, k, v, k_cache, v_cache, block_table, context_lens, *, scale=None, addresses=None, rotation=None
+):
     """Store the key and value of one new token a sequence, and let its query attend to the whole context.
 
-    The same, bit for bit, as ``store_kv`` into the last slot of each context followed by ``paged_attention``, in
-    one pass. No gradient.
+    The same, bit for bit, as ``rotary`` (where there is a rotation), ``store_kv`` into the last slot of each context
+    and ``paged_attention``, in one pass. No gradient.
 
     Args:
         q: (S, H, D); k, v: (S, KVH, D), of its dtype: the last token of each sequence.
         k_cache, v_cache, block_table, context_lens, scale, addresses: as in ``paged_attention``; the context counts
             the new token, and a context of 0 stores nothing. Last slots must differ. The caches are written.
+        rotation: (cos, sin) of the tokens' angles, each (S, D / 2) float32, by which q and k are rotated first, as
+            by ``rotary``; None: they are what they are.
 
     Returns:
         (S, H, D) in the dtype of q.
@@ -346,8 +225,14 @@ def append_attention(q, k, v, k_cache, v_cache, block_table, context_lens, *, sc
         raise ValueError(
             f"k and v must be {expected} {q.dtype}, got {tuple(k.shape)} {k.dtype} and {tuple(v.shape)} {v.dtype}"
         )
+    cos, sin = (None, None) if rotation is None else rotation
+    if rotation is not None:
+        if q.shape[-1] % 2:
+            raise ValueError(f"a rotation needs an even head dimension, got {q.shape[-1]}")
+        for name, angles in (("cos", cos), ("sin", sin)):
+            check_index(name, angles, (len(q), q.shape[-1] // 2), torch.float32, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _append_attention(q, k, v, k_cache, v_cache, block_table, context_lens, scale, addresses)
+    return _append_attention(q, k, v, k_cache, v_cache, block_table, context_lens, scale, addresses, cos, sin)
 
 
 def paged_attention(

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from . import _runtime
+from .dependent_launch import dependent_launch, prefetch_values, wait_for_inputs
 from .dispatch import check_floating, route, wide
 
 MAX_D = 65536  # a row stays in the registers of one program
@@ -44,22 +45,24 @@ def rms_norm_ref(x, weight, eps, residual=None):
 @triton.jit
 def _rms_norm_kernel(
     x, residual, weight, y, total, rows, H, D, x_token, x_head, eps,
-    ADD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y (rows, D) = norm of x, whose row i lies at (i // H) * x_token + (i % H) * x_head; total where ADD."""
+    prefetch_values(weight, D, BLOCK_D, PDL)
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_D)
     mask = (row < rows)[:, None] & (column < D)[None, :]
     source = (row // H * x_token + row % H * x_head)[:, None] + column[None, :]
     target = row[:, None] * D + column[None, :]
     values = tl.load(x + source, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
     if ADD:
         values += tl.load(residual + target, mask=mask, other=0.0).to(tl.float32)
         rounded = values.to(y.dtype.element_ty)
         tl.store(total + target, rounded, mask=mask)
         values = rounded.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(values * values, axis=1) / D + eps)
-    scale = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
     tl.store(y + target, (values * rstd[:, None] * scale[None, :]).to(y.dtype.element_ty), mask=mask)
 
 
@@ -108,7 +111,9 @@ def _rms_norm_triton(
         values, sizes, grid, launch = _layout(x, False)
         residual = residual.contiguous() if add else values
         with _runtime.launch_on(x):
-            _rms_norm_kernel[grid](values, residual, weight, y, total, *sizes, eps, ADD=add, **launch)
+            _rms_norm_kernel[grid](
+                values, residual, weight, y, total, *sizes, eps, ADD=add, **launch, **dependent_launch(x)
+            )
     return [y, total]
 
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from . import _runtime
+from .dependent_launch import dependent_launch, wait_for_inputs
 from .dispatch import check_floating, route
 
 BLOCK_HEADS = 16  # query heads of a program; the key heads are spread over the same programs
@@ -37,6 +38,15 @@ def rotary_ref(q, k, cos, sin):
 
 
 @triton.jit
+def turn(x, partner, cos, sin):
+    """x * cos + partner * sin, where partner is -high for the low half and low for the high one.
+
+    The one rounding of a product is explicit: whatever kernel turns a head gives the same bits.
+    """
+    return tl.fma(x, tl.broadcast_to(cos, x.shape), partner * sin)
+
+
+@triton.jit
 def _rotate_heads(
     x, out, cos, sin, token, first, heads, x_token, x_head, half, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -48,16 +58,17 @@ def _rotate_heads(
     high = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
     target = out + (token * heads + head[:, None]) * (2 * half) + column[None, :]
     dtype = out.dtype.element_ty
-    tl.store(target, (low * cos[None, :] - high * sin[None, :]).to(dtype), mask=mask)
-    tl.store(target + half, (high * cos[None, :] + low * sin[None, :]).to(dtype), mask=mask)
+    tl.store(target, turn(low, -high, cos[None, :], sin[None, :]).to(dtype), mask=mask)
+    tl.store(target + half, turn(high, low, cos[None, :], sin[None, :]).to(dtype), mask=mask)
 
 
 @triton.jit
 def _rotary_kernel(
     q, k, cos, sin, q_out, k_out, H, KVH, half, q_token, q_head, k_token, k_head, cos_token, sin_token,
-    INVERSE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    INVERSE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """q_out (T, H, D), k_out (T, KVH, D): one token and one share of its heads a program."""
+    wait_for_inputs(PDL)
     token, share = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK_D)
     c = tl.load(cos + token * cos_token + column, mask=column < half, other=0.0)
@@ -82,7 +93,7 @@ def _rotary_triton(
         _rotary_kernel[(T, shares)](
             q, k, cos, sin, *out, H, KVH, D // 2, *q.stride()[:2], *k.stride()[:2], cos.stride(0), sin.stride(0),
             INVERSE=inverse, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_D=max(16, triton.next_power_of_2(D // 2)),
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS, **dependent_launch(q),
         )  # fmt: skip
     return out
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from . import _runtime
+from .dependent_launch import dependent_launch, wait_for_inputs
 from .dispatch import check_floating, route, wide
 
 BLOCK_F, NUM_WARPS = 1024, 4
@@ -30,8 +31,9 @@ def swiglu_ref(gate_up):
 
 
 @triton.jit
-def _swiglu_kernel(gate_up, y, columns, row_stride, BLOCK: tl.constexpr):
+def _swiglu_kernel(gate_up, y, columns, row_stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """y (M, F), one row's BLOCK columns a program; gate_up rows are row_stride apart."""
+    wait_for_inputs(PDL)
     tiles = tl.cdiv(columns, BLOCK)
     row = (tl.program_id(0) // tiles).to(tl.int64)
     column = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -70,7 +72,7 @@ def _swiglu_triton(gate_up: torch.Tensor) -> torch.Tensor:
         rows, (M, columns) = _rows(gate_up), y.shape
         with _runtime.launch_on(y):
             _swiglu_kernel[(M * triton.cdiv(columns, BLOCK_F),)](
-                rows, y, columns, rows.stride(0), BLOCK=BLOCK_F, num_warps=NUM_WARPS
+                rows, y, columns, rows.stride(0), BLOCK=BLOCK_F, num_warps=NUM_WARPS, **dependent_launch(y)
             )
     return y
 

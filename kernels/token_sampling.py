@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from . import _runtime
+from .dependent_launch import dependent_launch, wait_for_inputs
 
 CHUNK = 2048
 PART = 64  # tokens of a chunk that the last of the three searches covers
@@ -112,9 +113,11 @@ def _scaled(logits, temperature, GREEDY: tl.constexpr):
 
 @triton.jit
 def _chunk_kernel(
-    logits, peaks, sums, V, chunks, row_stride, temperature, GREEDY: tl.constexpr, CHUNK: tl.constexpr
-):
+    logits, peaks, sums, V, chunks, row_stride, temperature,
+    GREEDY: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """peaks and sums (R, chunks) float32: maximum of logits / temperature, and sum of exponentials less it."""
+    wait_for_inputs(PDL)
     row, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits + row * row_stride + token, mask=token < V, other=float("-inf"))
@@ -140,8 +143,10 @@ def _draw_kernel(
     logits, peaks, sums, rows, uniforms, seed, prompt_index, group_index, position, tokens, logprobs,
     V, chunks, row_stride, seed_stride, temperature,
     GREEDY: tl.constexpr, KEYED: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """tokens and logprobs (B,), one draw a program."""
+    wait_for_inputs(PDL)
     draw = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + draw)
     c = tl.arange(0, CHUNKS)
@@ -214,15 +219,17 @@ def _sample_tokens_triton(
     noise = logprobs if uniforms is None else uniforms.contiguous()  # whatever is not read is any tensor
     seed, *others = keys or [rows] * 4
     others = [t.contiguous() for t in others]
+    launch = dependent_launch(logits)
     with _runtime.launch_on(logits):
         _chunk_kernel[(R * chunks,)](
-            logits, peaks, sums, *sizes, temperature, GREEDY=greedy, CHUNK=CHUNK, num_warps=CHUNK_WARPS
-        )
+            logits, peaks, sums, *sizes, temperature, GREEDY=greedy, CHUNK=CHUNK, num_warps=CHUNK_WARPS,
+            **launch,
+        )  # fmt: skip
         _draw_kernel[(len(rows),)](
             logits, peaks, sums, rows, noise, seed, *others, tokens, logprobs,
             *sizes, 0 if len(seed) == 1 else seed.stride(0), temperature,
             GREEDY=greedy, KEYED=bool(keys), CHUNKS=max(16, triton.next_power_of_2(chunks)), CHUNK=CHUNK,
-            PART=PART, num_warps=DRAW_WARPS,
+            PART=PART, num_warps=DRAW_WARPS, **launch,
         )  # fmt: skip
     return [tokens, logprobs]
 

@@ -1,10 +1,11 @@
 """What a layer attends to: a packed tree of tokens (scoring, training) or the paged KV cache (prefill, decode).
 
-The transformer calls ``attend(layer, q, k, v)`` and knows nothing else about attention, so the very same modules
-serve every phase. Shapes: q (T, H, D); k, v (T, KVH, D); the result (T, H, D).
+The transformer calls ``attend(layer, q, k, v, cos, sin)`` and knows nothing else about attention, so the very same
+modules serve every phase. Shapes: q (T, H, D); k, v (T, KVH, D), before the rotary embedding, whose angles are cos
+and sin (T, D / 2) float32; the result (T, H, D).
 """
 
-from ..kernels import append_attention, paged_attention, store_kv, tree_attention, tree_plan
+from ..kernels import append_attention, paged_attention, rotary, store_kv, tree_attention, tree_plan
 
 
 class TreeAttention:
@@ -19,10 +20,15 @@ class TreeAttention:
         self.key_end = key_end
         self.plan = None
 
-    def __call__(self, layer, q, k, v):
+    def plan_for(self, q, k):
+        """The plan of the tiles for the shapes of q and k, made on first use."""
         if self.plan is None:
             self.plan = tree_plan(q, k, self.key_end)
-        return tree_attention(q, k, v, self.key_end, plan=self.plan)
+        return self.plan
+
+    def __call__(self, layer, q, k, v, cos, sin):
+        q, k = rotary(q, k, cos, sin)
+        return tree_attention(q, k, v, self.key_end, plan=self.plan_for(q, k))
 
 
 class PagedAttention:
@@ -43,13 +49,15 @@ class PagedAttention:
         self.context_lens = context_lens
         self.cu_seqlens_q = cu_seqlens_q
 
-    def __call__(self, layer, q, k, v):
+    def __call__(self, layer, q, k, v, cos, sin):
         k_cache, v_cache = self.cache.layer(layer)
         addresses = None if self.cache.addresses is None else self.cache.addresses[layer]
         if self.slot_mapping is None:
             return append_attention(
-                q, k, v, k_cache, v_cache, self.block_table, self.context_lens, addresses=addresses
-            )
+                q, k, v, k_cache, v_cache, self.block_table, self.context_lens,
+                addresses=addresses, rotation=(cos, sin),
+            )  # fmt: skip
+        q, k = rotary(q, k, cos, sin)
         store_kv(k[self.source], v[self.source], k_cache, v_cache, self.slot_mapping, addresses=addresses)
         return paged_attention(
             q, k_cache, v_cache, self.block_table, self.context_lens,

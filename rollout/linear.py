@@ -127,10 +127,10 @@ class StackedLinear(nn.Module):
             delattr(self, name)
         self.adapted, self.lora_a, self.lora_b, self.starts, self.scaling = (), (), (), (), 0.0
 
-    def add_adapters(self, targets, r, alpha, generator):
+    def add_adapters(self, targets, r, alpha, generator, dtype=torch.float32):
         """Attach adapters to the parts in ``targets``, in place of any others.
 
-        lora_a (r, K), uniform in +-1/sqrt(K) (Kaiming with a = sqrt 5, as PEFT), and lora_b (N, r) = 0, in float32.
+        lora_a (r, K), uniform in +-1/sqrt(K) (Kaiming with a = sqrt 5, as PEFT), and lora_b (N, r) = 0, in ``dtype``.
         """
         self.remove_adapters()
         chosen = [index for index, part in enumerate(self.parts) if part in targets]
@@ -138,9 +138,11 @@ class StackedLinear(nn.Module):
             return
         K, device = self.weight.shape[1], self.weight.device
         bound = 1 / math.sqrt(K)
-        lora_a = torch.empty(len(chosen) * r, K).uniform_(-bound, bound, generator=generator).to(device)
+        lora_a = (
+            torch.empty(len(chosen) * r, K).uniform_(-bound, bound, generator=generator).to(device, dtype)
+        )
         sizes = [self.sizes[index] for index in chosen]
-        lora_b = torch.zeros(sum(sizes), r, device=device)
+        lora_b = torch.zeros(sum(sizes), r, device=device, dtype=dtype)
         self.adapted = tuple(self.parts[index] for index in chosen)
         self.lora_a = tuple(map(nn.Parameter, lora_a.split(r)))
         self.lora_b = tuple(map(nn.Parameter, lora_b.split(sizes)))

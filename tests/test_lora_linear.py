@@ -91,6 +91,19 @@ def test_values_and_gradients_match_reference(tensors, scaling):
     assert_correct(tensors, scaling)
 
 
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_gradients_without_the_value(format, device):
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    *tensors, dy = problem((70,), 64, 48, 4, dtype, adapter=torch.float32, format=format, device=device)
+
+    def function(x, weight, a, b, scaling, bias):
+        return lora_linear_stacked(x, weight, [a], [b], scaling, bias, value=False)
+
+    expected, found = gradients(lora_linear, *tensors, dy, 0.7), gradients(function, *tensors, dy, 0.7)
+    assert found[0].shape == expected[0].shape and not found[0].any() and expected[0].any()
+    assert all(torch.equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True))
+
+
 @pytest.mark.parametrize("rows", [3, 40])
 def test_many_splits_match_reference(rows, device):
     dtype = torch.float16  # float32 is a library product on CUDA
@@ -409,7 +422,9 @@ def test_operators_pass_opcheck(format, parts, device):
     operands, layout = (x, tensors, a, b, columns, 0.7), (quant_block, first_block)
     torch.library.opcheck(torch.ops.nanogrpo.lora_linear, (*operands, bias, *layout))
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(torch.ops.nanogrpo.lora_linear_bwd, (dy, *operands, *layout, *needs))
+        torch.library.opcheck(
+            torch.ops.nanogrpo.lora_linear_bwd, (dy, *operands, *layout, *needs, a.dtype, b.dtype)
+        )
 
 
 @pytest.mark.skipif(INTERPRET, reason="torch.compile does not trace the interpreter")

@@ -10,11 +10,12 @@ import torch
 from cross_compile import assert_compiles, every_card
 from hypothesis import given
 from hypothesis import strategies as st
-from nanogrpo.kernels import append_attention, store_kv
+from nanogrpo.kernels import append_attention, rotary, store_kv
 from nanogrpo.kernels.kv_store import _store_kv_triton, store_kv_ref
 from nanogrpo.kernels.paged_attention import paged_attention, paged_attention_ref
 from numerics import EPS, assert_no_worse_than
 
+decode = importlib.import_module("nanogrpo.kernels.paged_decode")
 module = importlib.import_module("nanogrpo.kernels.paged_attention")  # the package exports its function
 cpu_module = importlib.import_module("nanogrpo.kernels.paged_attention_cpu")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -76,24 +77,37 @@ def test_decode_matches_reference(batch):
     assert (out[cache[3] == 0] == 0).all()
 
 
-@given(batches(), st.sampled_from([None, 0.3]))
-def test_appending_decode_equals_store_then_decode(batch, scale):
-    contexts, _, kv_heads, group, dim, page, dtype, seed = batch
-    *caches, table, lens = paged(contexts, kv_heads, dim, dtype=dtype, page=page, seed=seed)
-    q, _ = queries([1] * len(contexts), kv_heads * group, dim, dtype=dtype, seed=seed + 1)
-    generator = torch.Generator().manual_seed(seed + 2)
-    k, v = torch.randn(2, kv_heads, len(contexts), dim, generator=generator).to(dtype).transpose(1, 2)
+def last_slots(table, lens, page):
     last = lens.long() - 1
-    slots = [
-        int(row[i // page]) * page + i % page if i >= 0 else -1
-        for row, i in zip(table, last.tolist(), strict=True)
-    ]
+    block = table.gather(1, (last.clamp(min=0) // page)[:, None])[:, 0].long()
+    return torch.where(last < 0, -1, block * page + last % page)
+
+
+def assert_append_is_store_and_attention(cache, heads, *, dtype, rotated, scale=None, seed=0):
+    *caches, table, lens = cache
+    (page, kv_heads, dim), S, device = caches[0].shape[1:], len(lens), lens.device
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(size, generator=generator).to(device)
+    qkv = draw(heads + 2 * kv_heads, S, dim).to(dtype).transpose(0, 1)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+    angles = 3 * draw(dim // 2, S).T
+    rotation = (angles.cos(), angles.sin()) if rotated else None
+    turned = rotary(q, k, *rotation) if rotated else (q, k)
     stored, appended = [x.clone() for x in caches], [x.clone() for x in caches]
-    store_kv(k, v, *stored, torch.tensor(slots))
-    expected = assert_correct(q, *stored, table, lens, scale=scale)
-    ours = append_attention(q, k, v, *appended, table, lens, scale=scale)
+    store_kv(turned[1], v, *stored, last_slots(table, lens, page))
+    expected = assert_correct(turned[0], *stored, table, lens, scale=scale)
+    ours = append_attention(q, k, v, *appended, table, lens, scale=scale, rotation=rotation)
     for a, b in zip((ours, *appended), (expected, *stored), strict=True):
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+@given(batches(), st.sampled_from([None, 0.3]), st.booleans())
+def test_append_equals_rotation_store_and_decode(batch, scale, rotated):
+    contexts, _, kv_heads, group, dim, page, dtype, seed = batch
+    cache = paged(contexts, kv_heads, dim, dtype=dtype, page=page, seed=seed)
+    assert_append_is_store_and_attention(
+        cache, kv_heads * group, dtype=dtype, rotated=rotated, scale=scale, seed=seed
+    )
 
 
 @given(batches(), st.sampled_from([None, 0.3]))
@@ -181,8 +195,11 @@ def test_a_row_depends_on_nothing_else_in_the_batch(device):
         narrow = table[i : i + 1, : max(1, -(-context // 16))]
         alone = paged_attention(q[i : i + 1], k_cache, v_cache, narrow, lens[i : i + 1])
         assert torch.equal(alone[0], together[i])
-    with mock.patch.object(module, "WORKSPACE", 1):
+    with mock.patch.object(decode, "WORKSPACE", 1):
         assert torch.equal(paged_attention(q, k_cache, v_cache, table, lens), together)
+    for programs in (1, 30, 10**6):  # one program a head, some that share its splits, one a split
+        with mock.patch.object(decode, "PROGRAMS", programs):
+            assert torch.equal(paged_attention(q, k_cache, v_cache, table, lens), together)
 
 
 @pytest.mark.parametrize("chunks", [{"CPU_CHUNK": 20000}, {"CPU_CHUNK": 1}, {"CPU_QUERIES": 7}])
@@ -196,17 +213,35 @@ def test_cpu_chunks_change_nothing(chunks):
         assert_correct(queries([1] * 6, 4, 16, dtype=torch.float32)[0], *cache)
 
 
-def test_one_split_needs_no_merge(device):
-    """A table of one split takes the short way; its result is the merged one, bit for bit."""
-    if device.type == "cpu" and not INTERPRET:
-        pytest.skip("the CPU path has no splits")
-    k_cache, v_cache, table, lens = paged(
-        [256, 3, 0, 130], 2, 16, dtype=torch.float32, spare=1, device=device
-    )
-    q, _ = queries([1] * 4, 6, 16, dtype=torch.float32, device=device)
-    merged = paged_attention(q, k_cache, v_cache, table, lens)
-    assert table.shape[1] == 17
-    assert torch.equal(paged_attention(q, k_cache, v_cache, table[:, :16], lens), merged)
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 2, 3, 9]), st.sampled_from([0, 7, 16, 20])), min_size=1, max_size=3),
+    st.sampled_from([(1, 1), (2, 3), (1, 6), (1, 17)]), st.sampled_from(DTYPES), st.integers(0, 2**31),
+)  # fmt: skip
+def test_sharing_the_reading_of_blocks_changes_no_bit(groups, heads, dtype, seed):
+    """Groups of (members, shared blocks) with contexts of 1 to 23 blocks: read together, apart, and from copies."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [members for members, _ in groups]
+    contexts = torch.randint(1, 23 * 16, (sum(sizes),), generator=generator).tolist()
+    *caches, table, lens = paged(contexts, heads[0], 16, dtype=dtype, seed=seed)
+    begin = 0
+    for members, shared in groups:
+        # Whoever has fewer blocks than are shared shares what it has.
+        longest = max(range(begin, begin + members), key=lambda i: contexts[i])
+        for i in range(begin, begin + members):
+            count = min(shared, (contexts[i] - 1) // 16)
+            table[i, :count] = table[longest, :count]
+        begin += members
+    copies = [torch.full((table.numel() + 1, *cache.shape[1:]), torch.nan, dtype=dtype) for cache in caches]
+    apart = torch.arange(table.numel(), dtype=torch.int32).view_as(table)
+    for i, context in enumerate(contexts):
+        count = -(-context // 16)
+        for copy, cache in zip(copies, caches, strict=True):
+            copy[apart[i, :count]] = cache[table[i, :count]]
+    q, _ = queries([1] * len(contexts), heads[0] * heads[1], 16, dtype=dtype, seed=seed)
+    expected = assert_correct(q, *copies, apart, lens)
+    for family, programs in ((1, 1), (1, 10**6), (8, 10**6), (2, 8)):
+        with mock.patch.multiple(decode, FAMILY=family, PROGRAMS=programs):
+            assert torch.equal(paged_attention(q, *caches, table, lens), expected)
 
 
 def test_caches_may_move(device):
@@ -308,6 +343,16 @@ def test_wrong_input_raises(changes, message):
 
 def test_wrong_append_raises():
     good = {name: value for name, value in GOOD.items() if name != "q"}
+    new, angles = torch.zeros(2, 2, 16), torch.zeros(2, 8)
+    for rotation in ((angles[:1], angles), (angles, angles.double()), (angles, torch.zeros(2, 16))):
+        with pytest.raises(ValueError, match=r"must be \(2, 8\) torch.float32"):
+            append_attention(GOOD["q"], new, new, **good, rotation=rotation)
+    odd = [torch.zeros(3, 16, 2, 15) for _ in range(2)], torch.zeros(2, 2, 15)
+    with pytest.raises(ValueError, match="even head dimension, got 15"):
+        append_attention(
+            torch.zeros(2, 4, 15), odd[1], odd[1], *odd[0], good["block_table"], good["context_lens"],
+            rotation=(angles, angles),
+        )  # fmt: skip
     for k in (torch.zeros(2, 1, 16), torch.zeros(3, 2, 16), torch.zeros(2, 2, 16, dtype=torch.float16)):
         with pytest.raises(ValueError, match=r"k and v must be \(2, 2, 16\) torch.float32"):
             append_attention(GOOD["q"], k, torch.zeros(2, 2, 16), **good)
@@ -337,7 +382,8 @@ def test_operators_pass_opcheck(device):
         )
     new, lens = q[:2, :1], lens - 1
     torch.library.opcheck(
-        torch.ops.nanogrpo.append_attention, (q[:2], new, new, k_cache, v_cache, table, lens, 0.25, None)
+        torch.ops.nanogrpo.append_attention,
+        (q[:2], new, new, k_cache, v_cache, table, lens, 0.25, None, *torch.randn(2, 2, 8, device=device)),
     )
     slots = torch.tensor([1, -1], device=device)
     torch.library.opcheck(torch.ops.nanogrpo.store_kv, (q[:2, :1], q[2:4, :1], k_cache, v_cache, slots, None))
@@ -380,12 +426,16 @@ def assert_all_compile(cc, dim, dtype):
     def launch():
         module._paged_attention_triton(q[:2], *cache, None, 0.1, addresses)
         module._append_attention_triton(
-            q[:2], q[:2, :2], q[2:4, :2], *cache[:2], cache[2][:, :2], cache[3], 0.1, addresses
+            q[:2], q[:2, :2], q[2:4, :2], *cache[:2], cache[2][:, :1], cache[3], 0.1, addresses, None, None
+        )
+        angles = torch.ones(2, dim // 2)
+        module._append_attention_triton(
+            q[:2], q[:2, :2], q[2:4, :2], *cache[:2], cache[2], cache[3], 0.1, addresses, angles, angles
         )
         module._paged_attention_triton(q, *cache, cu_seqlens, 0.1, addresses)
         _store_kv_triton(q[:2, :2], q[:2, 2:4], *cache[:2], torch.tensor([1, 2]), addresses)
 
-    assert_compiles(launch, cc, ["_decode_kernel", "_merge_kernel", "_prefill_kernel", "_store_kv_kernel"])
+    assert_compiles(launch, cc, ["_parts_kernel", "_merge_kernel", "_prefill_kernel", "_store_kv_kernel"])
 
 
 @pytest.mark.gpu
@@ -398,6 +448,27 @@ def test_gpu_shapes(dtype, heads, kv_heads, dim):
     counts = [min(context, 333) for context in contexts]
     q, cu_seqlens = queries(counts, heads, dim, dtype=dtype, device="cuda")
     assert_correct(q, *cache, cu_seqlens_q=cu_seqlens)
+    for rotated in (False, True):
+        assert_append_is_store_and_attention(cache, heads, dtype=dtype, rotated=rotated)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, heads, kv_heads, dim", [
+    (torch.bfloat16, 12, 2, 128), (torch.float16, 9, 3, 64), (torch.float32, 4, 4, 96), (torch.bfloat16, 8, 4, 256),
+])  # fmt: skip
+def test_gpu_rows_depend_on_nothing_else(dtype, heads, kv_heads, dim):
+    contexts = [2048, 1, 0, 700, 1025, 2, *range(3, 600, 41)]
+    k_cache, v_cache, table, lens = paged(contexts, kv_heads, dim, dtype=dtype, device="cuda")
+    q = queries([1] * len(contexts), heads, dim, dtype=dtype, device="cuda")[0]
+    together = paged_attention(q, k_cache, v_cache, table, lens)
+    for programs in (1, 100, 10**6):
+        with mock.patch.object(decode, "PROGRAMS", programs):
+            assert torch.equal(paged_attention(q, k_cache, v_cache, table, lens), together)
+    for i, context in enumerate(contexts):
+        narrow = table[i : i + 1, : max(1, -(-context // 16))]
+        assert torch.equal(
+            paged_attention(q[i : i + 1], k_cache, v_cache, narrow, lens[i : i + 1])[0], together[i]
+        )
 
 
 @pytest.mark.gpu
@@ -405,11 +476,12 @@ def test_gpu_workspace_is_as_stated():
     contexts = [2048] * 64
     k_cache, v_cache, table, lens = paged(contexts, 2, 128, dtype=torch.bfloat16, spare=0, device="cuda")
     q, _ = queries([1] * 64, 12, 128, dtype=torch.bfloat16, device="cuda")
+    splits = 2048 // math.prod(decode.config(q))
+    stated = 4 * 64 * 12 * (splits + 1) * (128 + 2)
     paged_attention(q, k_cache, v_cache, table, lens)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     out = paged_attention(q, k_cache, v_cache, table, lens)
-    stated = 4 * 64 * 12 * (2048 // module.SPLIT) * (128 + 2)
     assert torch.cuda.max_memory_allocated() - before <= stated + out.nbytes + 4096
 
 

@@ -665,9 +665,13 @@ def test_a_reward_of_nan_names_itself_and_the_completion():
         tiny_trainer([odd, broken]).step()
 
 
-def test_a_sequence_longer_than_the_budget_is_an_error():
-    with pytest.raises(ValueError, match="more than the budget of 20"):
-        tiny_trainer(token_budget=20).step()
+def test_a_budget_below_the_longest_sequence_trains_one_at_a_time():
+    alone, generous = (tiny_trainer(token_budget=n, share_prefix=False) for n in (20, 10**6))
+    sizes, original = [], alone.objective.micro_loss
+    alone.objective.micro_loss = lambda micro, **how: sizes.append(len(micro)) or original(micro, **how)
+    metrics, expected = alone.step(), generous.step()
+    assert set(sizes) == {1} and metrics["token_budget"] == 20
+    assert metrics["loss"] == pytest.approx(expected["loss"], abs=1e-6)
 
 
 def test_vram_limit_needs_a_gpu():

@@ -1,0 +1,367 @@
+"""Decode over a paged key-value cache: one query a sequence, with or without rotation and store of its last token.
+
+A context of C tokens is its last token, and splits of SPLIT tokens before it that are anchored at position 0:
+
+    of split s:      m_s = max_j x_j       l_s = sum_j 2^(x_j - m_s)       a_s = sum_j 2^(x_j - m_s) v_j
+    of the last:     m = x_{C-1}           l = 1                           a = v_{C-1}
+
+with x_j = log2(e) * scale * q . k_j in float32. The parts are folded in order, the last token last, into a / l.
+One program per (sequence, key head) reads each key and value once for all H / KVH query heads. Where these are too
+few to fill a card, up to ``PROGRAMS`` of them share a context's splits, and a second kernel folds the parts: which
+way a step takes depends on its shapes, but the parts, their order and so the bits do not. A sequence's result
+depends on neither its batch nor the width of the table.
+
+With ``cos`` and ``sin`` q and k are rotated in registers, rounded as ``rotary`` rounds them, and the cache gets the
+rotated key. The last token's key and value are taken from the arguments, so nothing waits for their store.
+
+For C tokens of context: 2 C KVH D elements read, 4 C H D FLOPs. Workspace, on the second way alone: S H (splits + 1)
+(D + 2) float32 values, splits = ceil(tokens of the table's width / SPLIT), held to ``WORKSPACE`` bytes by taking the
+sequences in chunks (of one at least).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _runtime
+from .dependent_launch import dependent_launch, wait_for_inputs
+from .kv_store import place
+from .rotary import turn
+
+PROGRAMS = 528  # programs that fill a card
+FAMILY = 8  # neighbouring sequences that may share the reading of a split
+WORKSPACE = 64 * 2**20  # bytes of workspace, unless one sequence needs more
+LOG2_E = 1.4426950408889634
+
+# Most bytes of a padded head row; SPLIT, warps, stages. One table for all cards: two tiles of keys and two of values
+# fit the 99 KiB of sm_86, sm_89 and sm_120.
+CONFIGS = ((128, (4, 32)), (256, (4, 16)), (512, (2, 16)), (1024, (2, 16)))
+
+
+# The order in which the compiler deals a tile's dimensions out to lanes, warps and registers.
+LANES_FIRST = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
+
+
+@triton.jit
+def _fold(m, l, acc, m_part, l_part, part):
+    """Add a part to the (m, l, acc) of the parts before it. Explicit, so that every kernel rounds alike."""
+    m_new = tl.maximum(m, m_part)
+    shrink, grow = tl.exp2(m - m_new), tl.exp2(m_part - m_new)
+    l = tl.fma(l_part, grow, l * shrink)
+    if len(acc.shape) == 2:
+        acc = tl.fma(part, tl.broadcast_to(grow[:, None], acc.shape), acc * shrink[:, None])
+    else:
+        acc = tl.fma(part, tl.broadcast_to(grow, acc.shape), acc * shrink)
+    return m_new, l, acc
+
+
+@triton.jit
+def _heads(
+    x, cos, sin, row, angle_row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Rows of heads (rows, BLOCK_D), rotated where cos is given and rounded as ``rotary`` rounds; zero beyond mask.
+
+    row and angle_row: offsets of each row in x and in cos and sin.
+    """
+    d = tl.arange(0, BLOCK_D)
+    mask = mask[:, None] & (d < D)[None, :]
+    values = tl.load(x + row[:, None] + d[None, :], mask=mask, other=0.0)
+    if cos is not None:
+        HALF: tl.constexpr = D // 2
+        other, angle = tl.where(d < HALF, d + HALF, d - HALF), tl.where(d < HALF, d, d - HALF)
+        partner = tl.load(x + row[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
+        at = angle_row[:, None] + angle[None, :]
+        c, s = tl.load(cos + at, mask=mask, other=0.0), tl.load(sin + at, mask=mask, other=0.0)
+        partner = tl.where((d < HALF)[None, :], -partner, partner)
+        values = turn(values.to(tl.float32), partner, c, s).to(values.dtype)
+    return values
+
+
+@triton.jit
+def _last_part(
+    queries, k, v, cos, sin, k_cache, v_cache, table, last, scale_log2, k_row, v_row, angle_row, k_block, k_token,
+    v_block, v_token, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(m, a) of the token at ``last``, which is stored first where k and v bring it."""
+    d = tl.arange(0, BLOCK_D)
+    there = (d < D) & (last >= 0)
+    block = tl.load(table + last // PAGE, mask=last >= 0, other=0).to(tl.int64)
+    k_at = k_cache + block * k_block + last % PAGE * k_token + d
+    v_at = v_cache + block * v_block + last % PAGE * v_token + d
+    if k is None:
+        key, value = tl.load(k_at, mask=there, other=0.0)[None, :], tl.load(v_at, mask=there, other=0.0)
+    else:
+        one = tl.zeros([1], tl.int64)
+        key = _heads(k, cos, sin, one + k_row, one + angle_row, one == 0, D, BLOCK_D)
+        value = tl.load(v + v_row + d, mask=there, other=0.0)
+        tl.store(k_at[None, :], key, mask=there[None, :])
+        tl.store(v_at, value, mask=there)
+    m = tl.sum(queries.to(tl.float32) * key.to(tl.float32), 1) * scale_log2
+    return m, tl.broadcast_to(value.to(tl.float32)[None, :], queries.shape)
+
+
+@triton.jit
+def _family(
+    table, context_lens, sequence, sequences, split, table_row,
+    PAGE: tl.constexpr, SPLIT: tl.constexpr, FAMILY: tl.constexpr,
+):  # fmt: skip
+    """How many sequences from this one on have this split, full, in the same blocks; 0: an earlier one speaks for it.
+
+    None across a multiple of FAMILY.
+    """
+    PAGES: tl.constexpr = SPLIT // PAGE if SPLIT > PAGE else 1
+    base = sequence // FAMILY * FAMILY
+    member, page = tl.arange(0, FAMILY), tl.arange(0, PAGES)
+    i = base + member
+    before = tl.maximum(i - 1, base)
+    end = (split + 1) * SPLIT
+    full = tl.load(context_lens + i, mask=i < sequences, other=0) > end
+    full &= tl.load(context_lens + before, mask=i < sequences, other=0) > end
+    at = (split * SPLIT // PAGE + page)[None, :]
+    mask = full[:, None] & (page >= 0)[None, :]
+    own = tl.load(table + i[:, None] * table_row + at, mask=mask, other=0)
+    earlier = tl.load(table + before[:, None] * table_row + at, mask=mask, other=0)
+    joined = full & (member > 0) & (tl.max((own != earlier).to(tl.int32), 1) == 0)
+    led = tl.max(((i == sequence) & joined).to(tl.int32), 0)
+    stop = tl.min(tl.where((i > sequence) & (joined == 0), member, FAMILY), 0)
+    return tl.where(led > 0, 0, base + stop - sequence)
+
+
+@triton.jit
+def _load_dealt(at, there, LANES_FIRST: tl.constexpr):
+    """Load a tile whose first dimensions are the lanes', zero where it is not ``there``."""
+    at, there = tl.broadcast(at, there)
+    if LANES_FIRST:
+        tile = tl.load(at, mask=there, other=0.0)
+    elif len(at.shape) == 6:
+        at, there = at.permute(4, 3, 2, 1, 0, 5), there.permute(4, 3, 2, 1, 0, 5)
+        tile = tl.load(at, mask=there, other=0.0).permute(4, 3, 2, 1, 0, 5)
+    else:
+        at, there = at.permute(5, 4, 3, 2, 1, 0, 6), there.permute(5, 4, 3, 2, 1, 0, 6)
+        tile = tl.load(at, mask=there, other=0.0).permute(5, 4, 3, 2, 1, 0, 6)
+    return tile
+
+
+@triton.jit
+def _over_warps(x, WARPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum of (WARPS, ROWS, COLUMNS) over the warps, in a tree: one exchange, then additions of registers."""
+    x = x.permute(1, 2, 0)
+    if WARPS == 8:
+        even, odd = tl.split(x.reshape(ROWS, COLUMNS, 4, 2))
+        x = even + odd
+    if WARPS >= 4:
+        even, odd = tl.split(x.reshape(ROWS, COLUMNS, 2, 2))
+        x = even + odd
+    even, odd = tl.split(x)
+    return even + odd
+
+
+@triton.jit(do_not_specialize=["sequences", "slots"])
+def _parts_kernel(
+    q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, addresses, partial, stats, scale_log2,
+    sequences, slots, table_row, k_block, v_block, new_k_token, new_k_head, new_v_token, new_v_head, COS_TOKEN,
+    Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
+    K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, PAGE_BITS: tl.constexpr, WARPS: tl.constexpr,
+    KEYS: tl.constexpr, FAMILY: tl.constexpr, ROWS: tl.constexpr, SEAT: tl.constexpr, CHUNKS: tl.constexpr,
+    LANES_FIRST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, key head, p) leaves the parts of splits p, p + P, ... and program P that of the last token.
+
+    Warp w has keys w * KEYS .. w * KEYS + KEYS - 1 of a split.
+    """
+    SPLIT: tl.constexpr = WARPS * KEYS
+    HALF: tl.constexpr = (D + 1) // 2
+    TOGETHER: tl.constexpr = ROWS // SEAT if FAMILY > 1 else 1
+    sequence, kv_head, program = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    # Dimensions of a load: lanes (t of 4, g of 8), warps (w), groups of 8 keys (j), ..., runs of 8 values (i). Lanes
+    # come first because that is how the compiler deals a tile out: it is then what tensor cores want.
+    w, j = tl.arange(0, WARPS)[:, None], tl.arange(0, KEYS // 8)[None, :]
+    t, g, i = tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, 8)
+    row, c = tl.arange(0, ROWS), tl.arange(0, 32 * CHUNKS)
+    head, heads = kv_head * GROUP + row % SEAT, tl.num_programs(1) * GROUP
+    programs = tl.num_programs(2) - 1
+    wait_for_inputs(PDL)
+    last = tl.load(context_lens + sequence) - 1
+    k_cache = place(k_cache, addresses, 0) + kv_head * K_HEAD
+    v_cache = place(v_cache, addresses, 1) + kv_head * V_HEAD
+    table = block_table + sequence * table_row
+    if program == programs:
+        if last >= 0:
+            BLOCK_D: tl.constexpr = 64 * CHUNKS
+            d = tl.arange(0, BLOCK_D)
+            inside = row < GROUP
+            queries = _heads(
+                q,
+                cos,
+                sin,
+                sequence * Q_TOKEN + head * Q_HEAD,
+                sequence * COS_TOKEN + 0 * row,
+                inside,
+                D,
+                BLOCK_D,
+            )
+            m, part = _last_part(
+                queries, k, v, cos, sin, k_cache, v_cache, table, last, scale_log2,
+                sequence * new_k_token + kv_head * new_k_head, sequence * new_v_token + kv_head * new_v_head,
+                sequence * COS_TOKEN, k_block, K_TOKEN, v_block, V_TOKEN, D, PAGE, BLOCK_D,
+            )  # fmt: skip
+            slot = (sequence * heads + head) * slots + tl.cdiv(last, SPLIT)
+            tl.store(stats + slot * 2, m, mask=inside)
+            tl.store(stats + slot * 2 + 1, tl.full([ROWS], 1.0, tl.float32), mask=inside)
+            tl.store(partial + slot[:, None] * D + d[None, :], part, mask=inside[:, None] & (d < D)[None, :])
+        return
+    for split in range(program, tl.cdiv(last, SPLIT), programs):
+        members = tl.full([], 1, tl.int64)
+        if FAMILY > 1:
+            members = _family(
+                block_table, context_lens, sequence, sequences, split, table_row, PAGE, SPLIT, FAMILY
+            )
+        if members > 0:
+            base = split * SPLIT + w * KEYS + 8 * j  # (w, j): the first of 8 keys
+            page = tl.load(table + (base >> PAGE_BITS), mask=base < last, other=0).to(tl.int64)
+            inner = base & (PAGE - 1)
+            # Keys (t, g, w, j, chunk, i): key g of a group, column 32 chunk + 8 t + i of the low half, then the high.
+            chunk = tl.arange(0, 2 * CHUNKS)[:, None]
+            column = 8 * t[:, None, None, None, None, None] + (chunk % CHUNKS * 32 + i)
+            number = g[:, None, None, None, None]
+            at = (page * k_block + inner * K_TOKEN)[:, :, None, None] + number * K_TOKEN
+            there = base[:, :, None, None] + number < last
+            if HALF < 32 * CHUNKS or 2 * HALF > D:
+                there = there & (column < HALF) & (chunk // CHUNKS * HALF + column < D)
+            key = _load_dealt(k_cache + at + (chunk // CHUNKS * HALF + column), there, LANES_FIRST)
+            # Values (t, g, w, j, odd, run, i): key 2 t + odd of a group, column 64 run + 8 g + i.
+            column = 8 * g[:, None, None, None, None, None] + (64 * tl.arange(0, CHUNKS)[:, None] + i)
+            number = 2 * t[:, None, None, None, None, None, None] + tl.arange(0, 2)[:, None, None]
+            at = (page * v_block + inner * V_TOKEN)[:, :, None, None, None] + number * V_TOKEN
+            there = base[:, :, None, None, None] + number < last
+            if D < 64 * CHUNKS:
+                there = there & (column < D)
+            value = _load_dealt(v_cache + at + column, there, LANES_FIRST)
+            keys = key.reshape(4, 8, WARPS, KEYS // 8, 2 * CHUNKS, 2, 4).permute(2, 4, 5, 0, 6, 3, 1)
+            keys = keys.reshape(WARPS, 64 * CHUNKS, KEYS)
+            values = value.permute(2, 3, 0, 4, 5, 6, 1).reshape(WARPS, KEYS, 64 * CHUNKS)
+            for first in tl.range(0, members, TOGETHER, num_stages=1):
+                member = first + row // SEAT
+                inside = (member < members) & (row < TOGETHER * SEAT) & (row % SEAT < GROUP)
+                owner = sequence + member
+                # Queries, rotated, their columns in the keys' order.
+                q_at = q + (owner * Q_TOKEN + head * Q_HEAD)[:, None] + c[None, :]
+                q_there = inside[:, None] & (c < HALF)[None, :]
+                low = tl.load(q_at, mask=q_there, other=0.0)
+                high = tl.load(q_at + HALF, mask=q_there & (HALF + c < D)[None, :], other=0.0)
+                if cos is not None:
+                    x, y = low.to(tl.float32), high.to(tl.float32)
+                    angle_at = (owner * COS_TOKEN)[:, None] + c[None, :]
+                    turns = tl.load(cos + angle_at, mask=q_there, other=0.0)
+                    lifts = tl.load(sin + angle_at, mask=q_there, other=0.0)
+                    # A sum of one: the compiler would else rotate in every warp what one rotation can share.
+                    low = tl.sum(turn(x, -y, turns, lifts)[:, :, None], 2).to(value.dtype)
+                    high = tl.sum(turn(y, x, turns, lifts)[:, :, None], 2).to(value.dtype)
+                queries = tl.join(low, high).reshape(ROWS, CHUNKS, 4, 2, 4, 2).permute(0, 5, 1, 3, 2, 4)
+                queries = queries.reshape(1, ROWS, 64 * CHUNKS).broadcast_to(WARPS, ROWS, 64 * CHUNKS)
+                scores = tl.dot(queries, keys, input_precision="ieee") * scale_log2
+                n = split * SPLIT + (tl.arange(0, WARPS) * KEYS)[:, None, None] + tl.arange(0, KEYS)
+                scores = tl.where(n < last, scores, float("-inf"))
+                m = tl.max(tl.max(scores, 2), 0)
+                p = tl.exp2(scores - m[None, :, None])
+                l = tl.sum(tl.sum(p, 2), 0)
+                part = tl.dot(p.to(value.dtype), values, input_precision="ieee")
+                part = _over_warps(part, WARPS, ROWS, 64 * CHUNKS)
+                slot = (owner * heads + head) * slots + split
+                tl.store(stats + slot * 2, m, mask=inside)
+                tl.store(stats + slot * 2 + 1, l, mask=inside)
+                x = tl.arange(0, 64 * CHUNKS)
+                d = x // 64 * 64 + x % 8 * 8 + x % 64 // 8
+                tl.store(
+                    partial + slot[:, None] * D + d[None, :], part, mask=inside[:, None] & (d < D)[None, :]
+                )
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _merge_kernel(
+    partial, stats, context_lens, out, slots, out_token, out_head,
+    D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out of one (sequence, head): its parts folded in order, AHEAD of them loaded together."""
+    wait_for_inputs(PDL)
+    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    first = (sequence * tl.num_programs(1) + head) * slots
+    last = tl.load(context_lens + sequence) - 1
+    parts = tl.where(last < 0, 0, tl.cdiv(last, SPLIT) + 1)
+    m, l = float("-inf"), 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for begin in range(0, parts, AHEAD):
+        loaded = ()
+        for i in tl.static_range(AHEAD):
+            at, there = first + begin + i, begin + i < parts
+            loaded = loaded + (
+                (
+                    tl.load(stats + 2 * at, mask=there, other=float("-inf")),
+                    tl.load(stats + 2 * at + 1, mask=there, other=0.0),
+                    tl.load(partial + at * D + d, mask=there & (d < D), other=0.0),
+                ),
+            )
+        for i in tl.static_range(AHEAD):
+            m, l, acc = _fold(m, l, acc, loaded[i][0], loaded[i][1], loaded[i][2])
+    result = acc / tl.where(l > 0, l, 1.0)
+    tl.store(out + sequence * out_token + head * out_head + d, result.to(out.dtype.element_ty), mask=d < D)
+
+
+def head_block(q):
+    """The head dimension of ``q``, padded to what tiles can have."""
+    return max(16, triton.next_power_of_2(q.shape[2]))
+
+
+def config(q):
+    """Warps of a split and keys of a warp, for queries like ``q``."""
+    width = head_block(q) * q.element_size()
+    return next(tiles for most, tiles in CONFIGS if width <= most)
+
+
+def contiguous_rows(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def paged_decode(q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, scale, addresses):
+    """Decode; with ``k`` and ``v`` these are stored as the last of each context, else they stand there already."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if len(q) == 0:
+        return out
+    q, table, lens = contiguous_rows(q), block_table.contiguous(), context_lens.contiguous()
+    (tokens, heads, dim), (page, kv_heads) = q.shape, k_cache.shape[1:3]
+    warps, keys = config(q)
+    new = [0, 0, 0, 0, 0]
+    if k is not None:
+        k, v = contiguous_rows(k), contiguous_rows(v)
+        new[:4] = *k.stride()[:2], *v.stride()[:2]
+    if cos is not None:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        new[4] = cos.stride(0)
+    group, split = heads // kv_heads, warps * keys
+    rows = max(16, triton.next_power_of_2(group))
+    splits = triton.cdiv(table.shape[1] * page, split)
+    programs, slots = min(splits, triton.cdiv(PROGRAMS, tokens * kv_heads)), splits + 1
+    chunk = min(tokens, max(1, WORKSPACE // (4 * heads * slots * (dim + 2))))
+    partial = torch.empty(chunk * heads * slots * dim, dtype=torch.float32, device=q.device)
+    stats = torch.empty(chunk * heads * slots * 2, dtype=torch.float32, device=q.device)
+    launch = dependent_launch(q)
+    for start in range(0, tokens, chunk):
+        part = slice(start, min(start + chunk, tokens))
+        some = [x if x is None or chunk == tokens else x[part] for x in (q, k, v, cos, sin, table, lens, out)]
+        *inputs, some_table, some_lens, some_out = some
+        with _runtime.launch_on(q):
+            _parts_kernel[(len(some_lens), kv_heads, programs + 1)](
+                *inputs, k_cache, v_cache, some_table, some_lens, addresses, partial, stats, scale * LOG2_E,
+                len(some_lens), slots, table.stride(0), k_cache.stride(0), v_cache.stride(0), *new,
+                *q.stride()[:2], *k_cache.stride()[1:3], *v_cache.stride()[1:3], GROUP=group, D=dim, PAGE=page,
+                PAGE_BITS=page.bit_length() - 1, WARPS=warps, KEYS=keys, FAMILY=FAMILY, ROWS=rows,
+                SEAT=max(8, triton.next_power_of_2(group)), num_warps=warps, num_stages=1,
+                CHUNKS=triton.next_power_of_2(triton.cdiv(dim, 64)), LANES_FIRST=LANES_FIRST, **launch,
+            )  # fmt: skip
+            _merge_kernel[(len(some_lens), heads)](
+                partial, stats, some_lens, some_out, slots, *out.stride()[:2], D=dim, SPLIT=split,
+                BLOCK_D=head_block(q), AHEAD=4, num_warps=1, **launch,
+            )  # fmt: skip
+    return out
