@@ -1,4 +1,4 @@
-"""A linear layer with low-rank adapters on up to 256 rows, in two or three launches and with A and B read live.
+"""A linear layer with low-rank adapters on up to 64 rows, in two or three launches and with A and B read live.
 
     h = x A^T                          x (M, K), A (R, K), h (M, R): the ranks of all adapters that share x
     y = x W^T + bias, and y[:, part p] += scaling * h_p B_p^T       B (rows, r): the rows of all parts in turn
@@ -11,7 +11,7 @@ are trained): an optimiser step needs no copy, and a captured graph stays valid.
 
 Bytes beside the base's: A once for each 32 rows, B once for each 16 or 32, S M R float32 partial sums of h written,
 and read by every program that updates; y again where ``add_update`` runs. FLOPs: 2 M (K R + N r). Memory: the partial
-sums, S <= ``MAX_SPLITS``, and with ``add_update`` the base's y or partial sums.
+sums, S <= 12 (more rows than 16: K / 1536, rounded up), and with ``add_update`` the base's y or partial sums.
 
 Precision: A and B are rounded to x's dtype, sums are float32 in a fixed order, h is rounded to x's dtype once; bias
 and update are added in float32, to the base's float32 sums or to its rounded y. What follows y starts from the
@@ -30,14 +30,19 @@ from .matmul_4bit import _matmul_triton, packed_config, products
 from .packed_matmul import Config, Update, packed_products, weight_operand, x_operand
 from .quantization import kernel_format
 
-MAX_ROWS = 256  # more rows than that are a library's work
-MAX_SPLITS = {16: 12, MAX_ROWS: 6}  # parts of K, by the most rows
-# num_warps of ``ranks``, and the elements of K that a warp takes in turn.
-DOWN = (4, 64)
-# (BLOCK_N, num_warps) of the update by BLOCK_M. Rows are the dot's left operand in tiles of 16 or 32: below 64, Hopper
-# uses mma.sync instead of WGMMA, whose register operands ptxas before CUDA 13.3 miscompiles.
-UP = {16: (16, 2), 32: (64, 4)}
-WIDE = 4096  # from so many values of K on, 16 warps instead of 4 share a row of W in the product that ends with the update
+MAX_ROWS = 64  # more rows than that are a library's work
+FEW_ROWS = 16  # for so many, operands of the products go straight to registers
+# num_warps of ``ranks``, the elements of K that a warp takes in turn, and the most parts of K.
+DOWN = (4, 64, 12)
+# For more rows: BLOCK_K, num_warps, num_stages, and the blocks of K that a program takes at least.
+TILED_DOWN = (128, 4, 3, 12)
+WIDE_N = 4096  # from so many outputs on, the second of two BLOCK_N of the update
+# BLOCK_N and num_warps of the update by BLOCK_M. Rows are the dot's left operand in tiles of 16 or 32: below 64,
+# Hopper uses mma.sync instead of WGMMA, whose register operands ptxas before CUDA 13.3 miscompiles.
+UP = {16: (16, 16, 2), 32: (64, 128, 4)}
+LONG_K = (
+    4096  # from so many values of K on, 16 warps instead of 4 share a row of W in a product that is not split
+)
 
 
 @triton.jit
@@ -90,6 +95,29 @@ def _down_kernel(
 
 
 @triton.jit
+def _tiled_down_kernel(
+    x, a, partial, M, K, R, steps,
+    PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The same for more rows, ``steps`` blocks of K a program, through shared memory."""
+    row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split, rank = tl.program_id(2), tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for step in range(split * steps, split * steps + steps):
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        x_mask = (row < M)[:, None] & (k < K)[None, :]
+        tile = tl.load(x + row[:, None] * K + k[None, :], mask=x_mask, other=0.0)
+        a_mask = (rank < R)[:, None] & (k < K)[None, :]
+        weight = tl.load(a + rank.to(tl.int64)[:, None] * K + k[None, :], mask=a_mask, other=0.0)
+        acc = tl.dot(tile, tl.trans(weight.to(tile.dtype)), acc, input_precision="ieee")
+    out = partial + (split.to(tl.int64) * M + row[:, None]) * R + rank[None, :]
+    tl.store(out, acc, mask=(row < M)[:, None] & (rank < R)[None, :])
+
+
+@triton.jit
 def _updated(
     base, h, b, bias, scaling, columns, row, n0, M, N, R, r,
     BASE: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
@@ -137,7 +165,7 @@ def _up_kernel(
     BASE: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N columns of ``out``: base (BASE, M, N) summed, + bias + scaling * h_p @ b_p^T on the columns of each part.
+    """BLOCK_N columns of ``out``: base (BASE, M, N) summed, + bias + scaling * h_p @ b_p^T on each part's columns.
 
     ``columns`` is (start, stop) of each part in turn, h (SPLITS, M, R) partial sums.
     """
@@ -171,16 +199,27 @@ def _up_kernel(
 def ranks(x, a, pdl):
     """Partial sums (S, M, R) float32 of x (M, K) @ a (R, K)^T. With ``pdl`` the next launch may read x at once."""
     (M, K), R = x.shape, len(a)
-    warps, chunk = DOWN
-    columns = min(4, triton.next_power_of_2(triton.cdiv(M, 8)))
-    turns = triton.cdiv(K, chunk * warps)
-    steps = triton.cdiv(turns, next(splits for rows, splits in MAX_SPLITS.items() if rows >= M))
-    splits = triton.cdiv(turns, steps)
-    partial = torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
-    _down_kernel[(triton.cdiv(R, 16), triton.cdiv(M, 8 * columns), splits)](
-        x, a, partial, M, K, R, steps, PDL=pdl, WARPS=warps, COLUMNS=columns, CHUNK=chunk, num_warps=warps,
-        num_stages=1, launch_pdl=pdl,
-    )  # fmt: skip
+    if M <= FEW_ROWS:
+        warps, chunk, most = DOWN
+        turns = triton.cdiv(K, chunk * warps)
+        steps = triton.cdiv(turns, most)
+    else:
+        block_k, warps, stages, least = TILED_DOWN
+        turns = triton.cdiv(K, block_k)
+        steps = triton.cdiv(turns, triton.cdiv(turns, least))
+    partial = torch.empty(triton.cdiv(turns, steps), M, R, dtype=torch.float32, device=x.device)
+    across = triton.cdiv(R, 16)
+    if M <= FEW_ROWS:
+        columns = triton.cdiv(M, 8)
+        _down_kernel[(across, 1, len(partial))](
+            x, a, partial, M, K, R, steps, PDL=pdl, WARPS=warps, COLUMNS=columns, CHUNK=chunk, num_warps=warps,
+            num_stages=1, launch_pdl=pdl,
+        )  # fmt: skip
+    else:
+        _tiled_down_kernel[(across, triton.cdiv(M, 32), len(partial))](
+            x, a, partial, M, K, R, steps, PDL=pdl, BLOCK_M=32, BLOCK_K=block_k, BLOCK_R=16, num_warps=warps,
+            num_stages=stages, launch_pdl=pdl,
+        )  # fmt: skip
     return partial
 
 
@@ -190,7 +229,8 @@ def add_update(base, bias, update, dtype, pdl):
     width = N // 2 if update.gated else N
     out = torch.empty(M, width, dtype=dtype, device=base.device)
     block_m = 16 if M <= 16 else 32
-    block_n, warps = UP[block_m]
+    *blocks, warps = UP[block_m]
+    block_n = blocks[width >= WIDE_N]
     _up_kernel[(triton.cdiv(width, block_n), triton.cdiv(M, block_m))](
         base, update.h, update.b, bias, update.residual, out, update.scaling, update.columns, M, N, R, r,
         BASE=base.shape[0] if base.ndim == 3 else 1, SPLITS=splits, RANK=max(16, triton.next_power_of_2(r)),
@@ -200,12 +240,12 @@ def add_update(base, bias, update, dtype, pdl):
 
 
 def few_rows(
-    x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block, *, gated=False, residual=None
+    x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block, gated=False, residual=None
 ):
     """``lora_linear`` on 1 to ``MAX_ROWS`` rows; then, on request, what follows it in a decoder layer.
 
-    x (M, K); weight [W] or [codes, *scales]; lora_a (P r, K) and lora_b (rows, r): the parts' own one after the other,
-    all contiguous; columns: start and stop of each part in y. gated: silu(y[:, : N / 2]) * y[:, N / 2 :] instead of y;
+    x (M, K); weight [W] or [codes, *scales]; lora_a (P r, K) and lora_b (rows, r): the parts' own in turn; columns:
+    start and stop of each part in y; all contiguous. gated: silu(y[:, : N / 2]) * y[:, N / 2 :] instead of y.
     residual (M, N): residual + y.
     """
     pdl, x, words = _runtime.arch(x.device) >= 90, aligned(x), weight[0]
@@ -216,7 +256,7 @@ def few_rows(
     with _runtime.launch_on(x):
         update = Update(ranks(x, lora_a, pdl), lora_b, scaling, tuple(columns), gated, residual)
         if isinstance(config, Config) and not config.over_n:
-            warps = 4 if x.shape[1] < WIDE else 16
+            warps = 4 if x.shape[1] < LONG_K else 16
             whole = Config(False, warps, 1, config.columns, 1, pdl)
             operands = x, words, weight[1:], bias, first_block, format, whole
             return packed_products(*operands, not _runtime.INTERPRET, update=update, late=pdl)

@@ -11,7 +11,7 @@ Projections that share x run as one (``lora_linear_stacked``): W holds the rows 
 adapters, so that one product with W, one with A, and in backward one of each for dx and dA, serve all parts. Parts
 may be without an adapter.
 
-Up to ``MAX_ROWS`` rows of 16-bit x the adapters cost two launches beside the base's (``lora_decode``), read live.
+Up to ``MAX_ROWS`` rows of 16-bit x all is two or three launches (``lora_decode``), which read the adapters live.
 More rows are library products: 5 + P launches forward, of which two round A and B and one dequantises, and 6 + 2 P
 backward. There the adapter's part of y, and of dx, is written first, and the base product adds itself to it: one
 pass over y less than the other way round. FLOPs of the adapters: 2 M r (N + K) forward, 2 M r (2 N + 3 K) backward
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from . import _runtime
 from .dispatch import route
 from .lora_decode import MAX_ROWS, few_rows
-from .matmul_4bit import _matmul_torch, _matmul_triton, matmul_op
+from .matmul_4bit import _matmul_torch
 from .quantization import (
     DTYPES,
     QuantizedWeight,
@@ -65,14 +65,6 @@ def lora_linear_stacked_ref(x, weight, lora_a, lora_b, scaling, bias=None, start
         delta = scaling * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
         y = y + F.pad(delta, (start, y.shape[-1] - stop))
     return y
-
-
-def _base(x, weight, bias, quant_block, first_block):
-    """x W^T + bias; ``weight`` is [W], or [codes, *scales] where ``quant_block`` is not 0."""
-    if quant_block:
-        matmul = route(matmul_op, _matmul_triton, _matmul_torch, x.device)
-        return matmul(x, weight[0], weight[1:], bias, quant_block, first_block)
-    return F.linear(x, weight[0], bias)
 
 
 def _dense(weight, quant_block, first_block, dtype):
@@ -136,7 +128,10 @@ def _lora_linear_triton(
 
 
 def _lora_linear_torch(x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block):
-    y, r = _base(x, weight, bias, quant_block, first_block), lora_b.shape[1]
+    if quant_block:
+        y, r = _matmul_torch(x, weight[0], weight[1:], bias, quant_block, first_block), lora_b.shape[1]
+    else:
+        y, r = F.linear(x, weight[0], bias), lora_b.shape[1]
     h, b = x @ lora_a.to(x.dtype).t(), lora_b.to(x.dtype)
     for part, (start, stop, first) in enumerate(_spans(columns)):
         rows = b[first : first + stop - start]
@@ -395,10 +390,9 @@ def _apply(x, weight, bias, columns, scaling, adapters, gated=False, residual=No
         if (gated or residual is not None) and forward is _lora_linear_triton and _few(rows, N):
             P = len(columns) // 2
             stacks = _stack(adapters[:P]).contiguous(), _stack(adapters[P:]).contiguous()
-            y = few_rows(
-                rows, tensors, *stacks, columns, float(scaling), bias, quant_block, first_block,
-                gated=gated, residual=None if residual is None else residual.reshape(-1, N).contiguous(),
-            )  # fmt: skip
+            residual = None if residual is None else residual.reshape(-1, N).contiguous()
+            options = bias, quant_block, first_block, gated, residual
+            y = few_rows(rows, tensors, *stacks, columns, float(scaling), *options)
             return y.view(*x.shape[:-1], y.shape[1])
         y = _forward(*operands, *adapters)
     y = y.view(*x.shape[:-1], N)

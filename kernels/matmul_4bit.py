@@ -4,9 +4,10 @@ x (..., K), q (N, K), bias (N,), y (..., N) in x's dtype; M rows in all, QB weig
 
 Routes by the number of rows; sums are float32 in all:
 
-    packed  M <= 64 (int4: 32), 16-bit x, codes in the order of ``QuantizedWeight.packed``: tensor cores fed from
-            registers (``packed_matmul``), where nf4 values err by at most 0.0019 of themselves in bfloat16 and int4's
-            by nothing. Meeting points: M = 16 and 32. Codes in the order of files take the next two instead.
+    packed  M <= 32 (before Hopper nf4: 64), 16-bit x, codes in the order of ``QuantizedWeight.packed``: tensor cores
+            fed from registers (``packed_matmul``), where nf4 values err by at most 0.0019 of themselves in bfloat16
+            and int4's by nothing. Meeting points: M = 16 and 32. Codes in the order of files take the next but one.
+    tiled   from there to M = 64, Hopper and later: through shared memory (``tiled_matmul``), weights rounded.
     vector  M <= 4, 16-bit x: CUDA cores, the weights exact in float32 (``gemv_4bit``).
     fused   M <= 64, 16-bit x: codes are decoded in registers, rounded to x's dtype, and go through ``tl.dot``.
             Both read N*K/2 codes and N*K/QB scales (fused: for each 32 rows), x and y. FLOPs: 2*M*N*K.

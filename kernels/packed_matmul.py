@@ -122,8 +122,8 @@ def packed_kernel(
 
     x (M, 128 tiles), codes int32 (N, 16 tiles), scales[0] (and int4's scales[1]) one integer a tile: (N, tiles). A
     warp takes ``steps`` tiles of K. LATE: the kernel before has promised that x is complete; wait for its own output
-    alone. That is h, where b (rows, r) is given: partial sums (SPLITS, M, R) of the adapters' ranks. GATED: ROWS is 2,
-    the second is N/2 further, and ``out`` (M, N/2) = silu(first) * second.
+    alone. That is h, where b (rows, r) is given: partial sums (SPLITS, M, R) of the adapters' ranks. GATED: ROWS is
+    2, the second is N/2 further, and ``out`` (M, N/2) = silu(first) * second.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     NF4: tl.constexpr = FORMAT != "int4"
@@ -287,6 +287,9 @@ def sum_kernel(partial, bias, out, total, N, SPLIT: tl.constexpr, BLOCK: tl.cons
     tl.store(out + index, acc.to(out.dtype.element_ty), mask=mask)
 
 
+FEW_PROGRAMS = 264
+
+
 class Config(NamedTuple):
     """How ``packed_kernel`` divides the work: see the module. programs: how many fill the card (they split K);
     columns: of 8 rows of x, a program's at most; pdl: launches are programmatic dependents of each other."""
@@ -349,8 +352,10 @@ def packed_products(
         (splits, _, R), r = update.h.shape, update.b.shape[1]
     if update.gated:
         rows, across = 2, triton.cdiv(N // 2, 16)
-    # The three tiles of K = 1536 as soon as possible; elsewhere the registers for it cost resident programs.
-    depth = 1 if steps != 3 or columns > 1 or rows > 1 else 2 if format == "int4" else 3
+    # Tiles of K as soon as possible where programs are few; elsewhere the registers for it cost resident programs.
+    depth = 1
+    if columns == rows == 1 and across <= FEW_PROGRAMS and steps >= 3:
+        depth = 2 if format == "int4" else 3
     out = x.new_empty(M, N // 2 if update.gated else N)
     if split > 1:
         out = x.new_empty(split, M, N, dtype=torch.float32)
@@ -359,7 +364,7 @@ def packed_products(
         update.scaling, update.columns, M, N, R, r, K // TILE, steps, first_block,
         FORMAT=format, PARTIAL=split > 1, ASSEMBLY=assembly, PDL=pdl, LATE=late, OVER_N=over_n, WARPS=warps,
         ROWS=rows, COLUMNS=columns, DEPTH=depth, SPLITS=splits, RANK=max(16 * warps, triton.next_power_of_2(r)),
-        GATED=update.gated, num_warps=warps, num_stages=1, launch_pdl=pdl,
+        GATED=update.gated, num_warps=warps, num_stages=1, launch_pdl=pdl, maxnreg=160 if update.gated else None,
     )  # fmt: skip
     return out
 

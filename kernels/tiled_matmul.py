@@ -4,7 +4,8 @@ A program decodes BLOCK_N rows of W, half a tile of 128 elements of K at a time,
 cores of Hopper want their operands; x comes there by asynchronous copies, tiles ahead. No operand of a product is in
 registers. K is split over programs where N alone does not fill the card.
 
-    nf4    acc += (GAIN code_book[codes] * (scale_b / GAIN)) @ x_b          int4   acc += (scale_b codes + minimum_b) @ x_b
+    nf4    acc += (GAIN code_book[codes] * (scale_b / GAIN)) @ x_b
+    int4   acc += (scale_b codes + minimum_b) @ x_b
 
 with the weights rounded to x's dtype as ``dequantize_4bit`` rounds them (nf4: beside the rounding of
 ``packed_codes``); sums are float32 in a fixed order. Bytes: N K / 2 codes and the scales once for each BLOCK_M rows,
@@ -91,7 +92,8 @@ def tiled_kernel(
 
 
 class TileConfig(NamedTuple):
-    """How ``tiled_kernel`` divides the work. programs: how many fill the card (they split K); pdl as in ``Config``."""
+    """How ``tiled_kernel`` divides the work. programs: one for each multiprocessor (they split K; three where N
+    alone has more than one); pdl as in ``Config``."""
 
     block_m: int
     block_n: int
@@ -104,8 +106,9 @@ class TileConfig(NamedTuple):
 def tile_plan(N, tiles, config):
     """Programs over N, tiles of K a program and splits of K, from N and K alone."""
     across = triton.cdiv(N, config.block_n)
+    programs = config.programs if across <= config.programs else 3 * config.programs
     # two tiles of K at least a program, as in ``packed_matmul.plan``
-    steps = triton.cdiv(tiles, max(1, min(config.programs // max(1, across), tiles // 2)))
+    steps = triton.cdiv(tiles, max(1, min(programs // max(1, across), tiles // 2)))
     return across, steps, triton.cdiv(tiles, steps)
 
 

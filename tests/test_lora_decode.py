@@ -117,13 +117,15 @@ def test_kernels_compile_for_every_card(cc):
             few_rows(x, *operands, gated=gated, residual=None if gated else residual)
 
     tiled = {"tiled_kernel"} if cc >= 90 else set()
-    assert_compiles(launch, cc, {"_down_kernel", "_up_kernel", "packed_kernel"} | tiled)
+    down = {"_down_kernel", "_tiled_down_kernel"}
+    assert_compiles(launch, cc, {"_up_kernel", "packed_kernel"} | down | tiled)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("format", ["nf4", "int4", None])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("M", [1, 8, 16, 17, 33, 64, 65, 200])
+@pytest.mark.parametrize(
+    "format, dtype", [("nf4", torch.bfloat16), ("int4", torch.float16), (None, torch.bfloat16)]
+)
+@pytest.mark.parametrize("M", [1, 16, 17, 33, 64])
 @pytest.mark.parametrize(
     "K, sizes", [(1536, (1536, 256, 256)), (1536, (1536,)), (1536, (8960, 8960)), (8960, (1536,))]
 )
