@@ -21,7 +21,12 @@ from nanogrpo.kernels.tiled_matmul import TileConfig
 # The package exports its function under the module's name.
 module = importlib.import_module("nanogrpo.kernels.matmul_4bit")
 SHAPES = [(8960, 1536), (1536, 8960), (14336, 4096), (4096, 14336), (1536, 1536), (256, 1536)]  # N, K
-ROWS = {"vector": (1, 2, 4, 8), "fused": (4, 8, 16, 64), "packed": (1, 2, 4, 8, 16, 32, 64), "tiled": (16, 32, 64)}
+ROWS = {
+    "vector": (1, 2, 4, 8),
+    "fused": (4, 8, 16, 64),
+    "packed": (1, 2, 4, 8, 16, 32, 64),
+    "tiled": (16, 32, 64),
+}
 # As in the tables: BLOCK_N, num_warps, num_stages, programs; packed: ``Config``, tiled: ``TileConfig``. The programs
 # decide how K is split.
 CANDIDATES = {
