@@ -25,7 +25,6 @@ from nanogrpo.grpo.memory import (
 from nanogrpo.grpo.optimizer import make_optimizer
 from nanogrpo.kernels import QuantizedWeight, rotary
 from nanogrpo.rollout import LoraConfig, ModelConfig, Policy
-from nanogrpo.rollout import model as rollout_model
 from nanogrpo.rollout.checkpoint import expected_tensors
 from nanogrpo.rollout.kv_cache import KVCache
 from nanogrpo.rollout.model import Transformer
@@ -181,7 +180,7 @@ def training_peak(model, sequences, *, checkpoint_layers):
 @pytest.mark.parametrize("checkpoint_layers", [True, False])
 @pytest.mark.parametrize("tokens", [256, 768])
 def test_activations_are_bounded(checkpoint_layers, tokens, monkeypatch):
-    monkeypatch.setattr(rollout_model, "swiglu", Gated.apply)
+    monkeypatch.setattr("nanogrpo.kernels.lora_linear.swiglu", Gated.apply)
     monkeypatch.setattr(memory, "attention_bytes", lambda *sizes: 0)  # nothing of it is in ``Attended``
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(64, (4, tokens // 4), generator=generator).tolist()
