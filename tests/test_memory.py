@@ -1,5 +1,6 @@
 """The memory plan against tensors that exist, and what a limit that is too small is told."""
 
+import importlib
 import weakref
 from dataclasses import replace
 
@@ -180,7 +181,8 @@ def training_peak(model, sequences, *, checkpoint_layers):
 @pytest.mark.parametrize("checkpoint_layers", [True, False])
 @pytest.mark.parametrize("tokens", [256, 768])
 def test_activations_are_bounded(checkpoint_layers, tokens, monkeypatch):
-    monkeypatch.setattr("nanogrpo.kernels.lora_linear.swiglu", Gated.apply)
+    module = importlib.import_module("nanogrpo.kernels.lora_linear")  # the package has a function of that name
+    monkeypatch.setattr(module, "swiglu", Gated.apply)
     monkeypatch.setattr(memory, "attention_bytes", lambda *sizes: 0)  # nothing of it is in ``Attended``
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(64, (4, tokens // 4), generator=generator).tolist()
