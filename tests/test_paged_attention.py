@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from cross_compile import assert_compiles, every_card
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nanogrpo.kernels import append_attention, rotary, store_kv
 from nanogrpo.kernels.kv_store import _store_kv_triton, store_kv_ref
@@ -23,6 +23,8 @@ DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16]
 # Half dtypes round the probabilities and the output once each; float32 scores of magnitude <= 8 round to 4 ulp.
 FLOOR = {dtype: EPS[dtype] * (4 if dtype == torch.float32 else 1) for dtype in DTYPES}
 FLOOR[torch.bfloat16] = EPS[torch.bfloat16]
+# The interpreter takes milliseconds a program, and these tests launch hundreds.
+fewer = settings(max_examples=4) if INTERPRET else lambda test: test
 
 
 def paged(contexts, kv_heads, dim, *, dtype, page=16, spare=1, device="cpu", seed=0):
@@ -101,6 +103,7 @@ def assert_append_is_store_and_attention(cache, heads, *, dtype, rotated, scale=
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
 
+@fewer
 @given(batches(), st.sampled_from([None, 0.3]), st.booleans())
 def test_append_equals_rotation_store_and_decode(batch, scale, rotated):
     contexts, _, kv_heads, group, dim, page, dtype, seed = batch
@@ -213,15 +216,16 @@ def test_cpu_chunks_change_nothing(chunks):
         assert_correct(queries([1] * 6, 4, 16, dtype=torch.float32)[0], *cache)
 
 
+@fewer
 @given(
-    st.lists(st.tuples(st.sampled_from([1, 2, 3, 9]), st.sampled_from([0, 7, 16, 20])), min_size=1, max_size=3),
-    st.sampled_from([(1, 1), (2, 3), (1, 6), (1, 17)]), st.sampled_from(DTYPES), st.integers(0, 2**31),
+    st.lists(st.tuples(st.sampled_from([1, 2, 6]), st.sampled_from([0, 8, 16, 18])), min_size=1, max_size=2),
+    st.sampled_from([(1, 1), (2, 3), (1, 9)]), st.sampled_from(DTYPES), st.integers(0, 2**31),
 )  # fmt: skip
 def test_sharing_the_reading_of_blocks_changes_no_bit(groups, heads, dtype, seed):
-    """Groups of (members, shared blocks) with contexts of 1 to 23 blocks: read together, apart, and from copies."""
+    """Groups of (members, shared blocks) with contexts of 1 to 20 blocks: read together, apart, and from copies."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [members for members, _ in groups]
-    contexts = torch.randint(1, 23 * 16, (sum(sizes),), generator=generator).tolist()
+    contexts = torch.randint(1, 20 * 16, (sum(sizes),), generator=generator).tolist()
     *caches, table, lens = paged(contexts, heads[0], 16, dtype=dtype, seed=seed)
     begin = 0
     for members, shared in groups:
@@ -239,7 +243,7 @@ def test_sharing_the_reading_of_blocks_changes_no_bit(groups, heads, dtype, seed
             copy[apart[i, :count]] = cache[table[i, :count]]
     q, _ = queries([1] * len(contexts), heads[0] * heads[1], 16, dtype=dtype, seed=seed)
     expected = assert_correct(q, *copies, apart, lens)
-    for family, programs in ((1, 1), (1, 10**6), (8, 10**6), (2, 8)):
+    for family, programs in ((1, 1), (8, 10**6), (2, 8)):
         with mock.patch.multiple(decode, FAMILY=family, PROGRAMS=programs):
             assert torch.equal(paged_attention(q, *caches, table, lens), expected)
 
