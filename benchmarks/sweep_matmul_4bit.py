@@ -14,14 +14,21 @@ from unittest import mock
 
 import measurement
 import torch
-from nanogrpo.kernels import _runtime, dequantize_4bit, packed_matmul, quantize_4bit
+from nanogrpo.kernels import _runtime, dequantize_4bit, packed_matmul, quantize_4bit, tiled_matmul
+from nanogrpo.kernels.packed_matmul import Config
+from nanogrpo.kernels.tiled_matmul import TileConfig
 
 # The package exports its function under the module's name.
 module = importlib.import_module("nanogrpo.kernels.matmul_4bit")
 SHAPES = [(8960, 1536), (1536, 8960), (14336, 4096), (4096, 14336), (1536, 1536), (256, 1536)]  # N, K
-ROWS = {"vector": (1, 2, 4, 8), "fused": (4, 8, 16, 64), "packed": (1, 2, 4, 8, 16, 32, 64)}
-# As in the tables: BLOCK_N, num_warps, num_stages, programs; packed: over_n, warps, rows, columns, programs, pdl. The
-# programs decide how K is split.
+ROWS = {
+    "vector": (1, 2, 4, 8),
+    "fused": (4, 8, 16, 64),
+    "packed": (1, 2, 4, 8, 16, 32, 64),
+    "tiled": (16, 32, 64),
+}
+# As in the tables: BLOCK_N, num_warps, num_stages, programs; packed: ``Config``, tiled: ``TileConfig``. The programs
+# decide how K is split.
 CANDIDATES = {
     "vector": [(*tile, 1, programs) for tile in ((8, 4), (16, 4), (32, 4)) for programs in (256, 512, 1024)],
     "fused": [
@@ -30,8 +37,14 @@ CANDIDATES = {
         for stages in (2, 3)
         for programs in (128, 256, 512)
     ],
+    "tiled": [
+        TileConfig(block_m, block_n, warps, stages, programs, True)
+        for block_m, block_n, warps in ((32, 64, 4), (64, 64, 4), (64, 128, 8))
+        for stages in (2, 3)
+        for programs in (132, 264)
+    ],
     "packed": [
-        (*tile, programs, True)
+        Config(*tile, programs, True)
         for tile in (
             (False, 4, 1, 2),
             (False, 8, 1, 2),
@@ -47,7 +60,7 @@ CANDIDATES = {
 
 def forced(route, config, arch):
     """Tables under which every call of up to 64 rows takes ``route`` with ``config``."""
-    if route == "packed":
+    if route in ("packed", "tiled"):
         return mock.patch.object(
             module, "PACKED_CONFIGS", {arch: dict.fromkeys(("nf4", "int4"), {64: config})}
         )
@@ -65,10 +78,9 @@ def distinct(route, configs, N, K):
     """The configurations without those that split K as another one does."""
     plans = {}
     for config in configs:
-        if route == "packed":
-            over_n, warps, rows, _, programs, _ = config
-            split = packed_matmul.plan(N, K // packed_matmul.TILE, over_n, warps, rows, programs)
-            plans.setdefault((config[:4], split), config)
+        if route in ("packed", "tiled"):
+            plan = packed_matmul.plan if route == "packed" else tiled_matmul.tile_plan
+            plans.setdefault((config[:4], plan(N, K // packed_matmul.TILE, config)), config)
             continue
         split = module._plan(-(-N // config[0]), -(-K // (8 * module.WORDS)), config[-1])
         plans.setdefault((config[:-1], split), config)
@@ -103,7 +115,7 @@ def main(seconds):
         weight = torch.randn(N, K, generator=generator, device="cuda").bfloat16() / K**0.5
         q = quantize_4bit(weight, format)
         codes, scales, *_ = q.operands()
-        forms = {"packed": measurement.rotated((q.packed().codes, *scales), "cuda")}
+        forms = dict.fromkeys(("packed", "tiled"), measurement.rotated((q.packed().codes, *scales), "cuda"))
         forms["vector"] = forms["fused"] = measurement.rotated((codes, *scales), "cuda")
         for route, configs in CANDIDATES.items():
             copies = forms[route]

@@ -86,6 +86,11 @@ def _parser():
     )
     export.set_defaults(run=_export)
 
+    curves = commands.add_parser("curves", help="the curves of several runs in one picture")
+    curves.add_argument("run_folders", nargs="+", metavar="RUN", help="folders of runs, finished or not")
+    curves.add_argument("--out", required=True, help="PNG to write")
+    curves.set_defaults(run=_curves)
+
     bench = commands.add_parser(
         "bench", help="time the kernels and their peers; needs a checkout and pytest-benchmark"
     )
@@ -177,6 +182,23 @@ def _export(arguments):
 
     step = export_adapter(arguments.run_folder, arguments.out, arguments.step)
     print(f"adapter after step {step}: {arguments.out}")
+    return 0
+
+
+def _curves(arguments):
+    from .report import plot_curves
+    from .run import read_config, read_history
+
+    histories, tasks = {}, {}
+    for folder in arguments.run_folders:
+        config, history = read_config(folder), read_history(folder)
+        if not history:
+            raise ValueError(f"{folder} has no steps to draw yet")
+        label = f"seed {config.seed}"
+        histories[label if label not in histories else str(folder)] = history
+        tasks[config.task] = None
+    plot_curves(histories, arguments.out, ", ".join(tasks))
+    print(f"{len(histories)} runs: {arguments.out}")
     return 0
 
 

@@ -87,11 +87,16 @@ class GRPOConfig:
     num_iterations: int = setting(1, "optimiser steps on each batch of rollouts")
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: float = setting(32.0, "adapters are scaled by alpha / r")
+    lora_dtype: str = setting(
+        "float32", "of the adapters and their gradients: float32, or the model's for half the memory"
+    )
     lr: float = setting(4e-4, "peak learning rate of AdamW")
     warmup_steps: int = setting(10, "steps of linear warm-up")
     min_lr_ratio: float = setting(0.1, "the linear decay ends at this share of lr")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    token_budget: int = setting(4096, "packed tokens a micro-batch; lower it to save memory")
+    token_budget: int = setting(
+        2048, "packed tokens a micro-batch, or the longest sequence; lower it to save memory"
+    )
     share_prefix: bool = setting(True, "compute what sequences have in common once in training")
     checkpoint_layers: bool | None = setting(
         None, "keep a layer's input alone and compute it again in the backward pass; default: on cuda"
@@ -189,6 +194,7 @@ class GRPOConfig:
             "kl_place": ("loss", "reward"),
             "truncated": ("keep", "mask", "drop"),
             "optimizer": OPTIMIZERS,
+            "lora_dtype": ("float32", "bfloat16", "float16"),
         }
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:

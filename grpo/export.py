@@ -29,6 +29,6 @@ def export_adapter(run, folder, step=None):
         base, model = str(opened.path), opened.config
     else:
         base, model = find_shape(config.random_weights)
-    lora = LoraConfig(r=config.lora_r, alpha=config.lora_alpha)
+    lora = LoraConfig(r=config.lora_r, alpha=config.lora_alpha, dtype=config.lora_dtype)
     write_adapter(folder, lora, adapters, base=base, architecture=model.architecture)
     return step

@@ -4,18 +4,20 @@ With b bytes an element of the compute dtype, N x K the linears, L layers, D the
 A = heads * head_dim, V words, T packed tokens a micro-batch, C completion tokens in it, S sequences at once:
 
     weights      dense b N K; nf4 N K / 2 + 4 N K / 64 + 64; int4 N K / 2 + 4 N K / 32; all but the linears is dense
-    adapters     4 r (N + K) a linear, gradients as many bytes
-    optimizer    AdamW 8 bytes a trained value; in 8 bits 2 and two float32 scales for 256 values
+    adapters     4 r (N + K) a linear (2 in 16 bits), gradients as many bytes
+    optimizer    AdamW twice the adapters; in 8 bits 2 bytes a value and two float32 scales for 256
+    layer        what one layer keeps and works in while it is computed again and differentiated, T tokens at once:
+                 ``layer_bytes``. Graphs hold it from step to step
     KV cache     2 L b (KV heads * head_dim) * block_size * blocks, for S sequences of full length; rollout only
     checkpoints  L T D b, the inputs of the layers (without checkpointing every layer keeps all that one does)
-    layer        what one layer keeps and works on: T (LAYER bytes below)
-    logits       training: the head's workspace of 96 MiB, and hidden states and gradients of C rows;
+    logits       training: the head's workspace, and hidden states and gradients of C rows;
                  rollout: V float32 values in four copies and float64 sums for each sequence
-    dequantized  one 4-bit linear, or those that share an input, in the compute dtype: the largest N K b
+    libraries    cuBLAS' workspaces: WORKSPACES
     context      of CUDA, with the loaded kernels: CONTEXT
 
-Rollout and training take turns, so the need is what both have and the larger of the two. "checkpoints", "layer" and
-"logits" are upper bounds; what carries over from step to step is exact.
+Rollout and training take turns, so the need is what both have and the larger of the two. T is the token budget, or
+the longest sequence, in whole multiples of ``TOKENS``. Where one micro-batch is all, its gradients grow into the room
+that checkpoints leave. What carries over from step to step is exact.
 """
 
 import math
@@ -24,9 +26,12 @@ from dataclasses import dataclass
 import torch
 
 GIB = 2**30
-CONTEXT = 640 * 2**20  # CUDA 13 with torch's and our kernels loaded
-HEAD_WORKSPACE = 96 * 2**20
+CONTEXT = (
+    850 * 2**20
+)  # CUDA 13 on an H200: 527 MiB, then 94 of torch's kernels, 66 of cuBLAS, 160 of ours and graphs
+PREFILL = 2048  # tokens of a prefill at most
 ATTENTION_WORKSPACE = 64 * 2**20
+WORKSPACES = 2 * 32 * 2**20  # cuBLAS' own on an H200, one for captured work and one for what is not
 BLOCK_SIZE = 16
 CARDS = {
     "rtx-4060": 8, "rtx-3080": 10, "rtx-3060": 12, "rtx-4080": 16, "rtx-3090": 24, "rtx-4090": 24, "rtx-5090": 32,
@@ -75,21 +80,14 @@ def linear_shapes(model):
     }
 
 
-def widest_stack(model):
-    """Values of the largest weight that one product dequantises: of projections that share an input, all."""
-    from ..rollout.linear import STACKS
-
-    shapes = {name.rpartition(".")[2]: shape for name, shape in linear_shapes(model).items()}
-    return max(sum(math.prod(shapes[part]) for part in parts) for parts in STACKS.values())
-
-
-def weight_bytes(model, quantize, itemsize):
-    """Bytes of the frozen weights, biases and norms, and of the rotary frequencies."""
+def weight_bytes(model, quantize, itemsize, device="cuda"):
+    """Bytes on the device of the frozen weights, biases and norms, and of the rotary frequencies."""
     from ..rollout.checkpoint import expected_tensors
+    from ..rollout.policy import stays_in_host_memory
 
-    total = 4 * (model.head_dim // 2)
+    total, far = 4 * (model.head_dim // 2), stays_in_host_memory(model, quantize, torch.device(device))
     for name, shape in expected_tensors(model).items():
-        values = math.prod(shape)
+        values = 0 if name == far else math.prod(shape)
         if quantize is None or not name.endswith("_proj.weight"):
             total += values * itemsize
         elif quantize == "nf4":
@@ -107,10 +105,11 @@ def trained_sizes(model, r, *, value_head=False):
     return sizes + [model.hidden_size + 1] * value_head
 
 
-def optimizer_bytes(sizes, name):
-    """Bytes of the optimiser's state for trained tensors of ``sizes`` values: "adamw" or "adamw8bit"."""
+def optimizer_bytes(sizes, name, itemsize=4):
+    """Bytes of the optimiser's state for trained tensors of ``sizes`` values of ``itemsize`` bytes: "adamw" or
+    "adamw8bit"."""
     if name == "adamw":
-        return sum(8 * size + 4 for size in sizes)
+        return sum(2 * itemsize * size + 4 for size in sizes)
     # bitsandbytes keeps what is below 4,096 values in float32, and one pair of code books.
     small = sum(8 * size for size in sizes if size < 4096)
     return small + sum(2 * size + 8 * -(-size // 256) for size in sizes if size >= 4096) + 2 * 256 * 4
@@ -122,82 +121,109 @@ def kv_bytes(model, tokens, sequences, itemsize):
     return 2 * model.num_hidden_layers * itemsize * width * BLOCK_SIZE * -(-tokens // BLOCK_SIZE) * sequences
 
 
-def layer_bytes(model, itemsize):
-    """Bytes a token that one layer keeps for its backward pass, and that it works on at once: (kept, working)."""
-    D, F = model.hidden_size, model.intermediate_size
+def layer_bytes(model, itemsize, tokens, *, quantize, r):
+    """Bytes for ``tokens`` tokens that one layer keeps for its backward pass, and that it works in beside: (kept,
+    working). Kept: both norms and their results, q, k and v with and without rotation, what was attended, gate, up
+    and their product, and the rounded adapters; working: the largest of what the parts need as they run backward."""
+    b, D, F = itemsize, model.hidden_size, model.intermediate_size
     A, KV = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    # Two norms (input, float32 copy, output), rotated and repeated q, k, v, the attended values; gate, up, their
-    # sigmoid and product.
-    kept = itemsize * (4 * D + 5 * A + 2 * KV + 4 * F) + 4 * 4 * D + 4 * 2 * model.num_attention_heads
-    # Gradients of the widest part as it runs backward, in float32 where the norms do.
-    working = max(itemsize * 4 * F, itemsize * (6 * A + 4 * KV), 4 * 4 * D)
-    return kept, working + itemsize * 2 * D
+    kept = b * (5 * D + 3 * A + 3 * KV + 3 * F) + 4 * model.num_attention_heads
+    dense = b * D * F if quantize else 0  # one dequantised projection of the feed-forward block
+    stages = (
+        b * 2 * F * tokens,  # SwiGLU: the gradients of gate, up and their product in the place of the product
+        b * F * tokens + dense,  # down: the gradient of its input
+        b * (D - F) * tokens + 2 * dense,  # gate and up as one, after what SwiGLU kept has gone
+        b * (D + 2 * A + 4 * KV - 3 * F) * tokens + attention_bytes(model, tokens),  # after all of these
+    )
+    adapters = r * sum(n + k for n, k in linear_shapes(model).values()) // model.num_hidden_layers
+    return tokens * kept + b * adapters, max(0, *stages)
+
+
+def prefill_bytes(model, itemsize, tokens, quantize):
+    """Bytes that the prompts' forward pass works in, up to ``PREFILL`` tokens at once: the widest part of a layer."""
+    from ..rollout.decoding import PREFILL_BUCKETS
+
+    D, F = model.hidden_size, model.intermediate_size
+    if tokens <= PREFILL_BUCKETS[-1]:  # captured: it works where the layers of training do
+        return 0
+    return itemsize * (min(tokens, PREFILL) * (4 * D + 3 * F) + (2 * D * F if quantize else 0))
 
 
 def attention_bytes(model, tokens):
     """Bytes beside its result that ``tree_attention`` works in: its lists of tiles, and partial dk and dv."""
     tiles, heads = -(-tokens // 64), model.num_key_value_heads
-    rows = max(tokens + 128, 256 // heads * 128)
+    rows = max(tokens + 64, 256 // heads * 64)
     return 4 * tiles * (2 + tiles) + 8 * rows * heads * model.head_dim
+
+
+def micro_batch(prompts, prompt_length, config):
+    """(packed tokens of the largest micro-batch, number of micro-batches) where every completion has full length."""
+    unit, length = 2 if config.algorithm == "online_dpo" else 1, config.max_completion_length
+    tokens, largest, count = 0, 0, 1
+    for index in range(prompts * (config.group_size // unit)):
+        opens = index % (config.group_size // unit) == 0
+        alone = unit * length + prompt_length * (1 if config.share_prefix else unit)
+        more = alone if opens or not config.share_prefix else unit * length
+        if tokens + more > config.token_budget and tokens:
+            count, tokens, more = count + 1, 0, alone
+        tokens += more
+        largest = max(largest, tokens)
+    return largest, count
 
 
 def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
     """The ``MemoryPlan`` of a run on CUDA.
 
     model: ``ModelConfig``; config: ``GRPOConfig``; prompt_length: tokens of the longest prompt; dtype: default that
-    of the config, or bfloat16. Raises ValueError where a sequence does not fit the token budget or the context.
+    of the config, or bfloat16. Raises ValueError where a sequence does not fit the model's context.
     """
+    from ..rollout.layer_steps import TOKENS
+    from ..rollout.policy import HEAD_WORKSPACE
+
     if dtype is None:
         dtype = getattr(torch, config.dtype or "bfloat16")
     b, length = dtype.itemsize, prompt_length + config.max_completion_length
-    if length > config.token_budget:
-        raise ValueError(
-            f"a sequence has up to {length} tokens with its prompt, more than token_budget {config.token_budget}"
-        )
     if length > model.max_position_embeddings:
         raise ValueError(
             f"a sequence has up to {length} tokens, more than the model's {model.max_position_embeddings}"
         )
     prompts = -(-config.prompts_per_step // ranks)
     sequences = prompts * config.group_size
-    shared = config.share_prefix
-    whole = prompts * (prompt_length if shared else 0) + sequences * (
-        length - (prompt_length if shared else 0)
-    )
-    T = min(config.token_budget, whole)
+    T, micro_batches = micro_batch(prompts, prompt_length, config)
     completion = min(T, sequences * config.max_completion_length)
+    T = TOKENS * -(-T // TOKENS)
     sizes = trained_sizes(model, config.lora_r, value_head=config.algorithm == "ppo")
-    trained = 4 * sum(sizes)
-    widest = widest_stack(model) if config.quantize else 0
-    kept, working = layer_bytes(model, b)
-    L, D = model.num_hidden_layers, model.hidden_size
-    keeps_inputs = config.checkpoint_layers in (None, True)
+    itemsize = getattr(torch, config.lora_dtype).itemsize
+    trained, L, D = itemsize * sum(sizes), model.num_hidden_layers, model.hidden_size
+    kept, working = layer_bytes(model, b, T, quantize=config.quantize, r=config.lora_r)
+    checkpointed = config.checkpoint_layers in (None, True)
+    layer = kept + working + 2 * b * D * T + trained // L
     cache = kv_bytes(model, length, sequences, b)
     if config.kv_memory is not None:
         cache = min(cache, int(config.kv_memory * GIB))
-    rows = -(-prompts * prompt_length // 16) * 16
-    attention = attention_bytes(model, T)
-    lora = 4 * config.lora_r * (2 * T + 2 * max(D, model.intermediate_size) * (T // 1024 + 2))
+    training = {
+        "gradients": trained + trained // L,
+        "checkpoints": L * T * D * b if checkpointed else (L - 1) * kept,
+        "logits": HEAD_WORKSPACE + (T + 3 * completion) * D * b,
+    }
+    if micro_batches == 1 and checkpointed:  # gradients come as the checkpoints of the only micro-batch go
+        first = min(training["gradients"], training["checkpoints"] + training["logits"])
+        training["gradients"] -= first
     return MemoryPlan(
         always={
             "CUDA context": CONTEXT,
             "weights": weight_bytes(model, config.quantize, b),
             "adapters": trained,
-            "optimizer": optimizer_bytes(sizes, config.optimizer),
+            "optimizer": optimizer_bytes(sizes, config.optimizer, itemsize),
+            "layer": layer,
+            "libraries": WORKSPACES,
         },
         rollout={
             "KV cache": cache,
             "logits": sequences * model.vocab_size * (4 * 4 + 8) + ATTENTION_WORKSPACE,
-            "activations": rows * (working + 8 * b * D),
-            "dequantized weight": widest * b,
+            "prefill": prefill_bytes(model, b, prompts * prompt_length, config.quantize),
         },
-        training={
-            "gradients": trained,
-            "checkpoints": L * T * (D * b if keeps_inputs else kept),
-            "activations": T * (kept + working) + attention + lora,
-            "logits": HEAD_WORKSPACE + completion * D * (4 * b + 4),
-            "dequantized weight": widest * b,
-        },
+        training=training,
     )
 
 

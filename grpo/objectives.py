@@ -171,6 +171,8 @@ class PolicyObjective:
                 if smaller >= self.token_budget:
                     raise
                 self.token_budget = smaller
+            if self.policy.steps is not None:
+                self.policy.steps.clear()  # what larger micro-batches work in
             torch.cuda.empty_cache()
 
     def reference(self, batch):

@@ -20,14 +20,20 @@ def _width(name):
     return max(len(name), 4 if name == "Step" else 9)
 
 
-def plot_curves(history, path, title):
-    """Draw reward, reward_std, completion_length and kl against steps into a PNG; ``history``: metrics a step."""
+def plot_curves(histories, path, title):
+    """Draw reward, reward_std, completion_length and kl against steps into a PNG.
+
+    histories: a run's label to its metrics a step; of several the labels stand in a legend.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
-    steps = [metrics["step"] for metrics in history]
     for axes, name in zip(figure.subplots(2, 2).flat, COLUMNS[2:], strict=True):
-        axes.plot(steps, [metrics[name] for metrics in history], linewidth=1.5)
+        for label, history in histories.items():
+            steps = [metrics["step"] for metrics in history]
+            axes.plot(steps, [metrics[name] for metrics in history], linewidth=1.2, label=label)
+        if len(histories) > 1:
+            axes.legend(fontsize=8)
         axes.set_xlabel("step")
         axes.set_title(name)
         axes.grid(alpha=0.3)

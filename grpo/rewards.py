@@ -4,7 +4,6 @@ import asyncio
 import difflib
 import inspect
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,11 +11,8 @@ from .tagged_answers import TAGGED_REWARDS
 
 
 def format_reward(completion, example):
-    """1 if the whole reply has the form of the expected one, whatever its number; it must also have ended."""
-    pattern = re.escape(example.reply).replace(str(example.answer), "[0-9]+")
-    return float(
-        completion.finish_reason == "stop" and re.fullmatch(pattern, completion.text.strip()) is not None
-    )
+    """1 if the whole reply has the form that its example asks for, right or wrong; it must also have ended."""
+    return float(completion.finish_reason == "stop" and example.in_format(completion.text))
 
 
 def correct_reward(completion, example):

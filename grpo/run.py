@@ -124,14 +124,8 @@ class Run:
         return run
 
     def history(self):
-        """The metrics of all steps so far; a last line cut short by a kill is left out."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        history = [_read_json(path, line) for line in lines if line.endswith(b"\n")]
-        for metrics in history:
-            if not isinstance(metrics, dict) or not isinstance(metrics.get("step"), int):
-                raise ValueError(f"{path} is damaged: {str(metrics)[:60]!r} are no metrics of a step")
-        return history
+        """The metrics of all steps so far."""
+        return read_history(self.folder)
 
     def train(self):
         """Run to the last step, or until SIGINT or SIGTERM; returns the result, or None if stopped early."""
@@ -167,7 +161,7 @@ class Run:
         if self.ranks.main:
             trainer.policy.save_adapter(self.folder / "adapter")
             if history:
-                plot_curves(history, self.folder / "curves.png", f"{config.task}, seed {config.seed}")
+                plot_curves({f"seed {config.seed}": history}, self.folder / "curves.png", config.task)
         if trainer.step_count < config.steps:
             self.say(f"stopped after step {trainer.step_count}, everything is saved; {self._way_on()}")
             return None
@@ -263,13 +257,16 @@ class Run:
         accuracy, completions = evaluate(
             trainer.policy, examples[mine.start : mine.stop], max_tokens=self.config.max_completion_length
         )
-        parts = self.ranks.gather((accuracy.correct, [completion.text for completion in completions]))
+        own = zip(completions, examples[mine.start : mine.stop], strict=True)
+        formatted = sum(c.finish_reason == "stop" and e.in_format(c.text) for c, e in own)
+        parts = self.ranks.gather((accuracy.correct, formatted, [c.text for c in completions]))
         return {
-            "correct": sum(correct for correct, _ in parts),
+            "correct": sum(correct for correct, _, _ in parts),
+            "formatted": sum(formatted for _, formatted, _ in parts),
             "count": len(examples),
             "question": examples[0].messages[-1]["content"],
             "expected": examples[0].reply,
-            "reply": next(text for _, texts in parts for text in texts),
+            "reply": next(text for *_, texts in parts for text in texts),
         }
 
     def _measure_before(self):
@@ -301,9 +298,10 @@ class Run:
         }
         _write_whole(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         if before is not None:
-            then, now = (Accuracy(r["correct"], r["count"]) for r in (before, after))
-            self.say(f"held-out accuracy before: {then}")
-            self.say(f"held-out accuracy after:  {now}")
+            for name, key in (("accuracy", "correct"), ("format", "formatted")):
+                then, now = (Accuracy(r[key], r["count"]) for r in (before, after))
+                self.say(f"held-out {name} before: {then}")
+                self.say(f"held-out {name} after:  {now}")
             self.say(f"  {after['question']}")
             self.say(f"  before: {before['reply']!r}")
             self.say(f"  after:  {after['reply']!r} (expected {after['expected']!r})")
@@ -326,6 +324,17 @@ def read_config(folder):
     if not path.is_file():
         raise ValueError(f"{folder} holds no run to resume: it has no config.json")
     return GRPOConfig.load(path)
+
+
+def read_history(folder):
+    """The metrics of all steps of the run in ``folder``; a last line cut short by a kill is left out."""
+    path = Path(folder) / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    history = [_read_json(path, line) for line in lines if line.endswith(b"\n")]
+    for metrics in history:
+        if not isinstance(metrics, dict) or not isinstance(metrics.get("step"), int):
+            raise ValueError(f"{path} is damaged: {str(metrics)[:60]!r} are no metrics of a step")
+    return history
 
 
 def _silent(line):

@@ -75,9 +75,14 @@ def strict_format(completion, example):
     return 0.5 * (_tags_once(completion.text) and STRICT.fullmatch(completion.text) is not None)
 
 
+def in_tags(text):
+    """Whether a reply is reasoning, then an answer, between their tags, with any space around them."""
+    return _tags_once(text) and SOFT.fullmatch(text) is not None
+
+
 def soft_format(completion, example):
-    """0.5 if the reply is reasoning, then an answer, between their tags, with any space around them."""
-    return 0.5 * (_tags_once(completion.text) and SOFT.fullmatch(completion.text) is not None)
+    """0.5 if the reply is ``in_tags``."""
+    return 0.5 * in_tags(completion.text)
 
 
 def tag_count(completion, example):

@@ -7,12 +7,13 @@ in neither.
 
 import difflib
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import combinations, combinations_with_replacement
 
-from .tagged_answers import DEFAULT_TAGGED, SYSTEM_PROMPT, extract_answer, same_answer, tagged
+from .tagged_answers import DEFAULT_TAGGED, SYSTEM_PROMPT, extract_answer, in_tags, same_answer, tagged
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Example:
         """Whether a whole reply is right."""
         return text.strip() == self.reply
 
+    def in_format(self, text):
+        """Whether a whole reply has the form of the expected one, whatever its number."""
+        pattern = re.escape(self.reply).replace(str(self.answer), "[0-9]+")
+        return re.fullmatch(pattern, text.strip()) is not None
+
 
 @dataclass(frozen=True)
 class TaggedExample(Example):
@@ -36,6 +42,9 @@ class TaggedExample(Example):
     def accepts(self, text):
         answer = extract_answer(text)
         return answer is not None and same_answer(answer, str(self.answer))
+
+    def in_format(self, text):
+        return in_tags(text)
 
 
 @dataclass(frozen=True)

@@ -265,7 +265,7 @@ def load_policy(config):
         check_fits(model, config, prompt_length)
     settings = {
         "quantize": config.quantize,
-        "lora": LoraConfig(r=config.lora_r, alpha=config.lora_alpha),
+        "lora": LoraConfig(r=config.lora_r, alpha=config.lora_alpha, dtype=config.lora_dtype),
         "device": config.device,
         "dtype": None if config.dtype is None else getattr(torch, config.dtype),
         "seed": config.seed,

@@ -1,14 +1,22 @@
-"""The low-rank adapters of a few rows, in two launches: ``y += scaling * (x A^T) B^T``, in place.
+"""A linear layer with low-rank adapters on up to 64 rows, in two or three launches and with A and B read live.
 
     h = x A^T                          x (M, K), A (R, K), h (M, R): the ranks of all adapters that share x
-    y[:, part p] += scaling * h_p B_p^T        B (rows, r): the rows of all parts, one part after the other
+    y = x W^T + bias, and y[:, part p] += scaling * h_p B_p^T       B (rows, r): the rows of all parts in turn
 
-A and B are read where they lie, in their own dtype (float32 as they are trained): an optimiser step needs no copy,
-and a captured graph stays valid. Bytes: A and B once for each 32 rows, x, y twice, and S M R float32 partial sums of
-h written and read, where S <= ``MAX_SPLITS`` parts of K depend on K alone. FLOPs: 2 M (K R + N r).
+``ranks`` comes first and leaves partial sums of h over parts of K. Up to 16 rows of x on packed 4-bit codes, the base
+product ends with the rest (``packed_matmul``). Else ``add_update`` follows the base product, which runs at once with
+``ranks`` where it is one of ours: it adds up the base's own partial sums, bias and update. Either stores y, or what
+follows y in a decoder layer: see ``few_rows``. A and B are read where they lie, in their own dtype (float32 as they
+are trained): an optimiser step needs no copy, and a captured graph stays valid.
 
-Precision: A and B are rounded to x's dtype, sums are float32 in a fixed order, h is rounded to x's dtype once; the
-update is added in float32 to the rounded y. A row's result does not depend on the other rows.
+Bytes beside the base's: A once for each 32 rows, B once for each 16 or 32, S M R float32 partial sums of h written,
+and read by every program that updates; y again where ``add_update`` runs. FLOPs: 2 M (K R + N r). Memory: the partial
+sums, S <= 12 (more rows than 16: K / 1536, rounded up), and with ``add_update`` the base's y or partial sums.
+
+Precision: A and B are rounded to x's dtype, sums are float32 in a fixed order, h is rounded to x's dtype once; bias
+and update are added in float32, to the base's float32 sums or to its rounded y. What follows y starts from the
+rounded y, as if it were an operation of its own. A row's result depends on no other row between two meeting points: M
+= 16, and those of the base.
 """
 
 import torch
@@ -16,23 +24,87 @@ import triton
 import triton.language as tl
 
 from . import _runtime
+from .code_words import aligned
+from .dependent_launch import prefetch
+from .matmul_4bit import _matmul_triton, packed_config, products
+from .packed_matmul import Config, Update, packed_products, weight_operand, x_operand
+from .quantization import kernel_format
 
 MAX_ROWS = 64  # more rows than that are a library's work
-MAX_SPLITS = 16
-# Rows are the dot's left operand in tiles of 16 or 32: below 64, Hopper uses mma.sync instead of WGMMA. One table for
-# all cards: (BLOCK_K, BLOCK_R, num_warps, num_stages) of h and (BLOCK_N, num_warps) of the update.
-DOWN = (128, 16, 4, 3)
-UP = (64, 4)
+FEW_ROWS = 16  # for so many, operands of the products go straight to registers
+# num_warps of ``ranks``, the elements of K that a warp takes in turn, and the most parts of K.
+DOWN = (4, 64, 12)
+# For more rows: BLOCK_K, num_warps, num_stages, and the blocks of K that a program takes at least.
+TILED_DOWN = (128, 4, 3, 12)
+WIDE_N = 4096  # from so many outputs on, the second of two BLOCK_N of the update
+# BLOCK_N and num_warps of the update by BLOCK_M. Rows are the dot's left operand in tiles of 16 or 32: below 64,
+# Hopper uses mma.sync instead of WGMMA, whose register operands ptxas before CUDA 13.3 miscompiles.
+UP = {16: (16, 16, 2), 32: (64, 128, 4)}
+LONG_K = (
+    4096  # from so many values of K on, 16 warps instead of 4 share a row of W in a product that is not split
+)
+
+
+@triton.jit
+def _load_chunk(a_rows, x_rows, k, x_k, element, K, CHUNK: tl.constexpr):
+    """CHUNK elements of K, 16 at a time; zeros past the end."""
+    loaded = ()
+    for c in tl.static_range(0, CHUNK, 16):
+        weight = tl.load(a_rows + k + c, mask=k + c + element < K, other=0.0)
+        value = tl.load(x_rows + x_k + c, mask=x_k + c + element < K, other=0.0)
+        loaded = loaded + ((weight, value),)
+    return loaded
 
 
 @triton.jit
 def _down_kernel(
-    x, a, partial, M, K, R, steps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """partial (S, M, R) float32: x (M, K) @ a (R, K)^T, each split over its own ``steps`` blocks of K."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = tl.program_id(1)
-    rank = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    x, a, partial, M, K, R, steps,
+    PDL: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """partial (S, M, R) float32: 16 ranks of x (M, K) @ a (R, K)^T, ``steps`` turns of all warps over K a program."""
+    index, x_index = tl.arange(0, 16 * WARPS)[:, None], tl.arange(0, 8 * WARPS * COLUMNS)[:, None]
+    warp, x_warp, element = index // 8 % WARPS, x_index // 8 % WARPS, tl.arange(0, 16)[None, :]
+    split = tl.program_id(2)
+    rank0, m0 = tl.program_id(0) * 16, tl.program_id(1) * (8 * COLUMNS)
+    rank = tl.minimum(rank0 + index // (8 * WARPS) * 8 + index % 8, R - 1)
+    a_rows = a + rank.to(tl.int64) * K + element
+    m = tl.minimum(m0 + x_index // (8 * WARPS) * 8 + x_index % 8, M - 1)
+    x_rows = x + m.to(tl.int64) * K + element
+    k, x_k = (split * steps * WARPS + warp) * CHUNK, (split * steps * WARPS + x_warp) * CHUNK
+    if PDL:
+        for step in range(steps):
+            for c in tl.static_range(0, CHUNK, 32):
+                prefetch(a_rows + tl.minimum(k + step * (WARPS * CHUNK) + c, K - 1))
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    acc = tl.zeros((WARPS, 16, 8 * COLUMNS), tl.float32)
+    ahead = _load_chunk(a_rows, x_rows, k, x_k, element, K, CHUNK)
+    for _ in range(steps):
+        current = ahead
+        k += WARPS * CHUNK
+        x_k += WARPS * CHUNK
+        ahead = _load_chunk(a_rows, x_rows, k, x_k, element, K, CHUNK)
+        for c in tl.static_range(CHUNK // 16):
+            weight, value = current[c]
+            operand = x_operand(value, WARPS, COLUMNS)
+            weight = weight_operand(weight.to(value.dtype), WARPS)
+            acc = tl.dot(weight, operand, acc, input_precision="ieee")
+    rank, column = rank0 + tl.arange(0, 16)[:, None], m0 + tl.arange(0, 8 * COLUMNS)[None, :]
+    target = partial + (split.to(tl.int64) * M + column) * R + rank
+    tl.store(target, tl.sum(acc, 0), mask=(rank < R) & (column < M))
+
+
+@triton.jit
+def _tiled_down_kernel(
+    x, a, partial, M, K, R, steps,
+    PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The same for more rows, ``steps`` blocks of K a program, through shared memory."""
+    row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split, rank = tl.program_id(2), tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for step in range(split * steps, split * steps + steps):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -46,64 +118,152 @@ def _down_kernel(
 
 
 @triton.jit
-def _up_kernel(
-    partial, b, y, scaling, M, N, R, r, columns,
-    SPLITS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def _updated(
+    base, h, b, bias, scaling, columns, row, n0, M, N, R, r,
+    BASE: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """y (M, N) += scaling * h_p @ b_p^T on the columns of each part; ``columns`` is (start, stop) of each in turn."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tile = tl.program_id(1)
-    # A tile of columns belongs to one part: find it, its first column and its first row of b.
-    part, column, stop, b_row = 0, 0, 0, 0
-    first_tile, first_row = 0, 0
+    """y of outputs n0 to n0 + BLOCK_N, rounded."""
+    n, rank = n0 + tl.arange(0, BLOCK_N), tl.arange(0, RANK)
+    mask = (row < M)[:, None] & (n < N)[None, :]
+    at = base + row[:, None] * N + n[None, :]
+    y = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, BASE):
+        y += tl.load(at + tl.cast(split, tl.int64) * M * N, mask=mask, other=0.0)
+    if bias is not None:
+        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    first_row = 0
     for p in tl.static_range(len(columns) // 2):
-        size = columns[2 * p + 1] - columns[2 * p]
-        if tile >= first_tile:
-            part, stop = p, columns[2 * p + 1]
-            column = columns[2 * p] + (tile - first_tile) * BLOCK_N
-            b_row = first_row + (tile - first_tile) * BLOCK_N
-        first_tile += tl.cdiv(size, BLOCK_N)
-        first_row += size
-    n, rank = column + tl.arange(0, BLOCK_N), tl.arange(0, RANK)
-    dtype = y.dtype.element_ty
-    b_at = b + (b_row + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None] * r + rank[None, :]
-    weight = tl.load(b_at, mask=(n < stop)[:, None] & (rank < r)[None, :], other=0.0)
-    mask = (row < M)[:, None] & (n < stop)[None, :]
-    target = y + row[:, None] * N + n[None, :]
-    base = tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    h_at = partial + row[:, None] * R + (part * r + rank)[None, :]
-    h_mask = (row < M)[:, None] & (rank < r)[None, :]
-    h = tl.zeros((BLOCK_M, RANK), tl.float32)
-    for split in tl.static_range(SPLITS):
-        h += tl.load(h_at + tl.cast(split, tl.int64) * M * R, mask=h_mask, other=0.0)
-    delta = tl.dot(h.to(dtype), tl.trans(weight.to(dtype)), input_precision="ieee")
-    tl.store(target, (base + scaling * delta).to(dtype), mask=mask)
+        if (n0 < columns[2 * p + 1]) & (n0 + BLOCK_N > columns[2 * p]):
+            inside = (n >= columns[2 * p]) & (n < columns[2 * p + 1])
+            b_at = b + (n - columns[2 * p] + first_row).to(tl.int64)[:, None] * r + rank[None, :]
+            weight = tl.load(b_at, mask=inside[:, None] & (rank < r)[None, :], other=0.0)
+            h_at = h + row[:, None] * R + (p * r + rank)[None, :]
+            h_mask = (row < M)[:, None] & (rank < r)[None, :]
+            value = tl.load(h_at, mask=h_mask, other=0.0)
+            for split in tl.static_range(1, SPLITS):
+                value += tl.load(h_at + tl.cast(split, tl.int64) * M * R, mask=h_mask, other=0.0)
+            delta = tl.dot(value.to(DTYPE), tl.trans(weight.to(DTYPE)), input_precision="ieee")
+            y += scaling * delta
+        first_row += columns[2 * p + 1] - columns[2 * p]
+    return y.to(DTYPE)
 
 
-def add_adapters(y, x, a, b, columns, scaling):
-    """y (M, N) += scaling * (x (M, K) a^T) b^T, in place, on the columns of each part; all contiguous.
+@triton.jit
+def _prefetch_rows(b, columns, n0, r, BLOCK_N: tl.constexpr):
+    n, first_row = n0 + tl.arange(0, BLOCK_N), 0
+    for p in tl.static_range(len(columns) // 2):
+        if (n0 < columns[2 * p + 1]) & (n0 + BLOCK_N > columns[2 * p]):
+            own = tl.minimum(tl.maximum(n, columns[2 * p]), columns[2 * p + 1] - 1) - columns[2 * p]
+            for line in range(0, r, 32):
+                prefetch(b + (own + first_row).to(tl.int64) * r + line)
+        first_row += columns[2 * p + 1] - columns[2 * p]
 
-    a: (P r, K) and b: (rows, r), the parts' own one after the other; columns: start and stop of each part in y.
+
+@triton.jit
+def _up_kernel(
+    base, h, b, bias, residual, out, scaling, columns, M, N, R, r,
+    BASE: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns of ``out``: base (BASE, M, N) summed, + bias + scaling * h_p @ b_p^T on each part's columns.
+
+    ``columns`` is (start, stop) of each part in turn, h (SPLITS, M, R) partial sums.
     """
-    (M, K), N, R, r = x.shape, y.shape[1], len(a), b.shape[1]
+    row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n0 = tl.program_id(0) * BLOCK_N
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    if PDL:
+        _prefetch_rows(b, columns, n0, r, BLOCK_N)
+        if GATED:
+            _prefetch_rows(b, columns, n0 + N // 2, r, BLOCK_N)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    y = _updated(
+        base, h, b, bias, scaling, columns, row, n0, M, N, R, r, BASE, SPLITS, RANK, BLOCK_N, DTYPE
+    )  # fmt: skip
+    width = N
+    if GATED:
+        width = N // 2
+        up = _updated(
+            base, h, b, bias, scaling, columns, row, n0 + width, M, N, R, r, BASE, SPLITS, RANK, BLOCK_N, DTYPE
+        ).to(tl.float32)  # fmt: skip
+        gate = y.to(tl.float32)
+        y = (gate * tl.sigmoid(gate) * up).to(DTYPE)
+    n = n0 + tl.arange(0, BLOCK_N)
+    target, mask = row[:, None] * width + n[None, :], (row < M)[:, None] & (n < width)[None, :]
+    if residual is not None:
+        y = (y.to(tl.float32) + tl.load(residual + target, mask=mask, other=0.0).to(tl.float32)).to(DTYPE)
+    tl.store(out + target, y, mask=mask)
+
+
+def ranks(x, a, pdl):
+    """Partial sums (S, M, R) float32 of x (M, K) @ a (R, K)^T. With ``pdl`` the next launch may read x at once."""
+    (M, K), R = x.shape, len(a)
+    if M <= FEW_ROWS:
+        warps, chunk, most = DOWN
+        turns = triton.cdiv(K, chunk * warps)
+        steps = triton.cdiv(turns, most)
+    else:
+        block_k, warps, stages, least = TILED_DOWN
+        turns = triton.cdiv(K, block_k)
+        steps = triton.cdiv(turns, triton.cdiv(turns, least))
+    partial = torch.empty(triton.cdiv(turns, steps), M, R, dtype=torch.float32, device=x.device)
+    across = triton.cdiv(R, 16)
+    if M <= FEW_ROWS:
+        columns = triton.cdiv(M, 8)
+        _down_kernel[(across, 1, len(partial))](
+            x, a, partial, M, K, R, steps, PDL=pdl, WARPS=warps, COLUMNS=columns, CHUNK=chunk, num_warps=warps,
+            num_stages=1, launch_pdl=pdl,
+        )  # fmt: skip
+    else:
+        _tiled_down_kernel[(across, triton.cdiv(M, 32), len(partial))](
+            x, a, partial, M, K, R, steps, PDL=pdl, BLOCK_M=32, BLOCK_K=block_k, BLOCK_R=16, num_warps=warps,
+            num_stages=stages, launch_pdl=pdl,
+        )  # fmt: skip
+    return partial
+
+
+def add_update(base, bias, update, dtype, pdl):
+    """What ``update`` makes of the base's y (M, N), or of its partial sums (S, M, N), and a bias."""
+    (splits, M, R), r, N = update.h.shape, update.b.shape[1], base.shape[-1]
+    width = N // 2 if update.gated else N
+    out = torch.empty(M, width, dtype=dtype, device=base.device)
     block_m = 16 if M <= 16 else 32
-    block_k, block_r, warps, stages = DOWN
-    blocks = triton.cdiv(K, block_k)
-    steps = triton.cdiv(blocks, MAX_SPLITS)
-    splits, row_tiles = triton.cdiv(blocks, steps), triton.cdiv(M, block_m)
-    partial = torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
+    *blocks, warps = UP[block_m]
+    block_n = blocks[width >= WIDE_N]
+    _up_kernel[(triton.cdiv(width, block_n), triton.cdiv(M, block_m))](
+        base, update.h, update.b, bias, update.residual, out, update.scaling, update.columns, M, N, R, r,
+        BASE=base.shape[0] if base.ndim == 3 else 1, SPLITS=splits, RANK=max(16, triton.next_power_of_2(r)),
+        BLOCK_M=block_m, BLOCK_N=block_n, GATED=update.gated, PDL=pdl, num_warps=warps, launch_pdl=pdl,
+    )  # fmt: skip
+    return out
+
+
+def few_rows(
+    x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block, gated=False, residual=None
+):
+    """``lora_linear`` on 1 to ``MAX_ROWS`` rows; then, on request, what follows it in a decoder layer.
+
+    x (M, K); weight [W] or [codes, *scales]; lora_a (P r, K) and lora_b (rows, r): the parts' own in turn; columns:
+    start and stop of each part in y; all contiguous. gated: silu(y[:, : N / 2]) * y[:, N / 2 :] instead of y.
+    residual (M, N): residual + y.
+    """
+    pdl, x, words = _runtime.arch(x.device) >= 90, aligned(x), weight[0]
+    format, config = None, None
+    if quant_block and words.dtype == torch.int32 and x.dtype != torch.float32:
+        format = kernel_format(weight[1:])
+        config = packed_config(_runtime.arch(x.device), len(x), format)
     with _runtime.launch_on(x):
-        _down_kernel[(row_tiles, splits, triton.cdiv(R, block_r))](
-            x, a, partial, M, K, R, steps,
-            BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        block_n, warps = UP
-        tiles = sum(
-            triton.cdiv(stop - start, block_n)
-            for start, stop in zip(columns[::2], columns[1::2], strict=True)
-        )
-        _up_kernel[(row_tiles, tiles)](
-            partial, b, y, scaling, M, N, R, r, tuple(columns), SPLITS=splits,
-            RANK=max(16, triton.next_power_of_2(r)), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
-        )  # fmt: skip
-    return y
+        update = Update(ranks(x, lora_a, pdl), lora_b, scaling, tuple(columns), gated, residual)
+        if isinstance(config, Config) and not config.over_n:
+            warps = 4 if x.shape[1] < LONG_K else 16
+            whole = Config(False, warps, 1, config.columns, 1, pdl)
+            operands = x, words, weight[1:], bias, first_block, format, whole
+            return packed_products(*operands, not _runtime.INTERPRET, update=update, late=pdl)
+        if config is not None:
+            base = products(x, words, weight[1:], bias, first_block, config, late=pdl)
+        elif quant_block:
+            base = _matmul_triton(x, words, weight[1:], bias, quant_block, first_block)
+        else:
+            base = torch.nn.functional.linear(x, words, bias)
+        return add_update(base, bias if base.ndim == 3 else None, update, x.dtype, pdl)

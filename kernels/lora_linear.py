@@ -11,11 +11,11 @@ Projections that share x run as one (``lora_linear_stacked``): W holds the rows 
 adapters, so that one product with W, one with A, and in backward one of each for dx and dA, serve all parts. Parts
 may be without an adapter.
 
-Up to ``MAX_ROWS`` rows of 16-bit x the adapters cost two launches beside the base's (``lora_decode``), read live.
+Up to ``MAX_ROWS`` rows of 16-bit x all is two or three launches (``lora_decode``), which read the adapters live.
 More rows are library products: 5 + P launches forward, of which two round A and B and one dequantises, and 6 + 2 P
 backward. There the adapter's part of y, and of dx, is written first, and the base product adds itself to it: one
 pass over y less than the other way round. FLOPs of the adapters: 2 M r (N + K) forward, 2 M r (2 N + 3 K) backward
-for P = 1; h is made again: x and the parameters alone are kept, nothing of (M, N) and no dense copy of a 4-bit W.
+for P = 1; h is made again: x, the parameters and what they are rounded to are kept, nothing of (M, N) and no dense copy of a 4-bit W.
 Memory beside the outputs, in values of x's dtype: P r K + N r for the rounded A and B, 2 M P r for h and g, and,
 while a product with a 4-bit W runs, its N K values. Few rows: see ``lora_decode``.
 
@@ -31,8 +31,8 @@ import torch.nn.functional as F
 
 from . import _runtime
 from .dispatch import route
-from .lora_decode import MAX_ROWS, add_adapters
-from .matmul_4bit import _matmul_torch, _matmul_triton, matmul_op
+from .lora_decode import MAX_ROWS, few_rows
+from .matmul_4bit import _matmul_torch
 from .quantization import (
     DTYPES,
     QuantizedWeight,
@@ -41,6 +41,7 @@ from .quantization import (
     dequantize_4bit_ref,
     dequantize_op,
 )
+from .swiglu import swiglu
 
 MAX_RANK = 128
 
@@ -64,14 +65,6 @@ def lora_linear_stacked_ref(x, weight, lora_a, lora_b, scaling, bias=None, start
         delta = scaling * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
         y = y + F.pad(delta, (start, y.shape[-1] - stop))
     return y
-
-
-def _base(x, weight, bias, quant_block, first_block):
-    """x W^T + bias; ``weight`` is [W], or [codes, *scales] where ``quant_block`` is not 0."""
-    if quant_block:
-        matmul = route(matmul_op, _matmul_triton, _matmul_torch, x.device)
-        return matmul(x, weight[0], weight[1:], bias, quant_block, first_block)
-    return F.linear(x, weight[0], bias)
 
 
 def _dense(weight, quant_block, first_block, dtype):
@@ -103,6 +96,11 @@ def _product(a, b, dtype):
     return torch.mm(a.to(dtype), b.to(dtype))
 
 
+def _few(x, N):
+    """Whether ``few_rows`` takes x: the library's float32 products are exact, the kernels' are not on CUDA."""
+    return 0 < len(x) <= MAX_ROWS and N > 0 and not (x.is_cuda and x.dtype == torch.float32)
+
+
 def _lora_linear_triton(
     x: torch.Tensor, weight: list[torch.Tensor], lora_a: torch.Tensor, lora_b: torch.Tensor, columns: list[int],
     scaling: float, bias: torch.Tensor | None, quant_block: int, first_block: int,
@@ -110,9 +108,9 @@ def _lora_linear_triton(
     M, N = x.shape[0], weight[0].shape[0]
     if not M * N:
         return x.new_empty(M, N)
-    if M <= MAX_ROWS and not (x.is_cuda and x.dtype == torch.float32):
-        y = _base(x, weight, bias, quant_block, first_block)
-        return add_adapters(y, x, lora_a.contiguous(), lora_b.contiguous(), columns, scaling)
+    if _few(x, N):
+        adapters = lora_a.contiguous(), lora_b.contiguous(), columns, scaling
+        return few_rows(x, weight, *adapters, bias, quant_block, first_block)
     h, b, r = torch.mm(x, lora_a.to(x.dtype).t()), lora_b.to(x.dtype), lora_b.shape[1]
     whole = b.shape[0] == N  # no output is without an adapter
     if whole:
@@ -130,7 +128,10 @@ def _lora_linear_triton(
 
 
 def _lora_linear_torch(x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block):
-    y, r = _base(x, weight, bias, quant_block, first_block), lora_b.shape[1]
+    if quant_block:
+        y, r = _matmul_torch(x, weight[0], weight[1:], bias, quant_block, first_block), lora_b.shape[1]
+    else:
+        y, r = F.linear(x, weight[0], bias), lora_b.shape[1]
     h, b = x @ lora_a.to(x.dtype).t(), lora_b.to(x.dtype)
     for part, (start, stop, first) in enumerate(_spans(columns)):
         rows = b[first : first + stop - start]
@@ -141,10 +142,23 @@ def _lora_linear_torch(x, weight, lora_a, lora_b, columns, scaling, bias, quant_
 def _lora_linear_bwd(
     dy: torch.Tensor, x: torch.Tensor, weight: list[torch.Tensor], lora_a: torch.Tensor, lora_b: torch.Tensor,
     columns: list[int], scaling: float, quant_block: int, first_block: int, needs_x: bool, needs_lora: bool,
+    a_dtype: torch.dtype, b_dtype: torch.dtype,
 ) -> list[torch.Tensor]:  # fmt: skip
     if not dy.numel():
-        options = dy, x, weight, lora_a, lora_b, columns, scaling, quant_block, first_block
-        return [t.zero_() for t in _bwd_fake(*options, needs_x, needs_lora)]
+        options = (
+            dy,
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            columns,
+            scaling,
+            quant_block,
+            first_block,
+            needs_x,
+            needs_lora,
+        )
+        return [t.zero_() for t in _bwd_fake(*options, a_dtype, b_dtype)]
     dy, a, b, r = dy.contiguous(), lora_a.to(x.dtype), lora_b.to(x.dtype), lora_b.shape[1]
     g, spans = dy.new_empty(dy.shape[0], a.shape[0]), _spans(columns)  # g and h with the scaling in them
     for part, (start, stop, first) in enumerate(spans):
@@ -156,10 +170,10 @@ def _lora_linear_bwd(
         dx = torch.mm(g, a).addmm_(dy, _dense(weight, quant_block, first_block, x.dtype))
     if needs_lora:
         h = torch.addmm(g, x, a.t(), beta=0, alpha=scaling)
-        grads = [_product(g.t(), x, lora_a.dtype)]
+        grads = [_product(g.t(), x, a_dtype)]
         for part, (start, stop, _) in enumerate(spans):
             factor = _columns(h, part * r, part * r + r)
-            grads.append(_product(_columns(dy, start, stop).t(), factor, lora_b.dtype))
+            grads.append(_product(_columns(dy, start, stop).t(), factor, b_dtype))
     return [dx, *grads]
 
 
@@ -167,10 +181,12 @@ def _fake(x, weight, *others):
     return x.new_empty(len(x), len(weight[0]))
 
 
-def _bwd_fake(dy, x, weight, lora_a, lora_b, columns, scaling, quant_block, first_block, needs_x, needs_lora):
+def _bwd_fake(
+    dy, x, weight, lora_a, lora_b, columns, scaling, quant_block, first_block, needs_x, needs_lora, a_dtype, b_dtype
+):  # fmt: skip
     rows = [stop - start for start, stop, _ in _spans(columns)]
-    grads = [lora_a.new_empty(lora_a.shape if needs_lora else 0)]
-    grads += [lora_b.new_empty((n, lora_b.shape[1]) if needs_lora else 0) for n in rows]
+    grads = [lora_a.new_empty(lora_a.shape if needs_lora else 0, dtype=a_dtype)]
+    grads += [lora_b.new_empty((n, lora_b.shape[1]) if needs_lora else 0, dtype=b_dtype) for n in rows]
     return [x.new_empty(x.shape if needs_x else 0), *grads]
 
 
@@ -201,41 +217,55 @@ def _stack(parts):
     return first.detach().as_strided((rows, columns), (columns, 1))
 
 
+def _stacked(x, parts):
+    """lora_a and lora_b of all ``parts`` in one tensor each, rounded at once where x has many rows of 16 bits."""
+    P = len(parts) // 2
+    stacks = _stack(parts[:P]), _stack(parts[P:])
+    many = x.is_cuda and len(x) > MAX_ROWS and not torch.compiler.is_compiling()
+    return [stack.to(x.dtype) for stack in stacks] if many else stacks
+
+
 def _forward(x, bias, weight, columns, scaling, quant_block, first_block, *adapters):
-    P = len(columns) // 2
     forward = route(_op, _lora_linear_triton, _lora_linear_torch, x.device)
-    stacks = _stack(adapters[:P]), _stack(adapters[P:])
-    return forward(x, weight, *stacks, columns, scaling, bias, quant_block, first_block)
+    return forward(x, weight, *_stacked(x, adapters), columns, scaling, bias, quant_block, first_block)
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, weight, columns, scaling, quant_block, first_block, *adapters):
-        ctx.save_for_backward(x, *adapters, *weight)
+    def forward(ctx, x, bias, weight, columns, scaling, quant_block, first_block, value, *adapters):
         ctx.columns, ctx.scaling, ctx.layout = columns, scaling, (quant_block, first_block)
-        return _forward(x, bias, weight, columns, scaling, quant_block, first_block, *adapters)
+        stacks = _stacked(x, adapters)
+        # Rounded copies serve backward, too; views of the parameters would escape its check that none has changed.
+        rounded = [] if stacks[0].dtype == adapters[0].dtype else stacks
+        ctx.save_for_backward(x, *adapters, *rounded, *weight)
+        ctx.rounded = len(rounded)
+        if not value:
+            return x.new_zeros(1, 1).expand(len(x), len(weight[0]))
+        forward = route(_op, _lora_linear_triton, _lora_linear_torch, x.device)
+        return forward(x, weight, *stacks, columns, scaling, bias, quant_block, first_block)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         P = len(ctx.columns) // 2
         x, *tensors = ctx.saved_tensors
-        lora_a, lora_b, weight = tensors[:P], tensors[P : 2 * P], tensors[2 * P :]
+        adapters, weight = tensors[: 2 * P], tensors[2 * P + ctx.rounded :]
+        stacks = tensors[2 * P : 2 * P + 2] if ctx.rounded else _stacked(x, adapters)
         needs_x, needs_bias, *_ = ctx.needs_input_grad
-        needed = ctx.needs_input_grad[7:]
+        needed = ctx.needs_input_grad[8:]
         dx = dbias = None
         grads = [None] * (2 * P)
         if needs_x or any(needed):
             backward = route(_bwd_op, _lora_linear_bwd, _lora_linear_bwd, x.device)
             options = ctx.columns, ctx.scaling, *ctx.layout, needs_x, any(needed)
             with torch.autocast(x.device.type, enabled=False):
-                dx, da, *db = backward(dy, x, weight, _stack(lora_a), _stack(lora_b), *options)
+                dx, da, *db = backward(dy, x, weight, *stacks, *options, adapters[0].dtype, adapters[P].dtype)
             if any(needed):
-                grads = [*(da.split(lora_a[0].shape[0]) if P > 1 else [da]), *db]
+                grads = [*(da.split(adapters[0].shape[0]) if P > 1 else [da]), *db]
         if needs_bias:
             dbias = dy.sum(0)
         grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-        return dx if needs_x else None, dbias, None, None, None, None, None, *grads
+        return dx if needs_x else None, dbias, None, None, None, None, None, None, *grads
 
 
 def _check_operand(name, tensor, shape, dtypes, device):
@@ -271,7 +301,9 @@ def lora_linear(x, weight, lora_a, lora_b, scaling, bias=None):
     return _apply(x, weight, bias, [0, N], scaling, (lora_a, lora_b))
 
 
-def lora_linear_stacked(x, weight, lora_a, lora_b, scaling, bias=None, starts=None):
+def lora_linear_stacked(
+    x, weight, lora_a, lora_b, scaling, bias=None, starts=None, *, gated=False, residual=None, value=True
+):
     """:func:`lora_linear` of P projections of one x, whose rows of ``weight`` stand one after the other.
 
     Part p owns the outputs from ``starts[p]`` on: y[..., starts[p] : starts[p] + N_p] gets scaling * (x @
@@ -282,6 +314,9 @@ def lora_linear_stacked(x, weight, lora_a, lora_b, scaling, bias=None, starts=No
         lora_a: P tensors (r, K), all of one dtype, float32 or x's.
         lora_b: P tensors (N_p, r), all of one dtype, float32 or x's.
         starts: P first outputs, rising, so that the parts do not overlap; None: end to end from 0, all N outputs.
+        gated: give ``swiglu(y)``, (..., N / 2). residual (..., N) of x's dtype: give residual + y. One or neither;
+            for few rows and without a graph to build no launch of its own.
+        value: False where only gradients are wanted, of a result that is known: y is zeros, uncomputed.
 
     Returns:
         (..., N) in x's dtype.
@@ -313,7 +348,11 @@ def lora_linear_stacked(x, weight, lora_a, lora_b, scaling, bias=None, starts=No
     for name, (dtype,) in zip(("lora_a", "lora_b"), kinds, strict=True):
         if dtype not in (x.dtype, torch.float32):
             raise ValueError(f"{name} is {dtype}, expected {x.dtype} or torch.float32")
-    return _apply(x, weight, bias, columns, scaling, (*lora_a, *lora_b))
+    if residual is not None:
+        _check_operand("residual", residual, (*x.shape[:-1], N), (x.dtype,), device)
+    if gated and (residual is not None or N % 2):
+        raise ValueError(f"gated with {N} outputs and residual {residual is not None}, expected 2F and none")
+    return _apply(x, weight, bias, columns, scaling, (*lora_a, *lora_b), gated, residual, value)
 
 
 def _check_base(x, weight, bias, r):
@@ -334,16 +373,27 @@ def _check_base(x, weight, bias, r):
         raise ValueError("the weight requires a gradient, expected a frozen one")
 
 
-def _apply(x, weight, bias, columns, scaling, adapters):
+def _apply(x, weight, bias, columns, scaling, adapters, gated=False, residual=None, value=True):
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return _apply(x, weight, bias, columns, scaling, adapters)
+            return _apply(x, weight, bias, columns, scaling, adapters, gated, residual, value)
     (N, K), tensors, quant_block, first_block = weight.shape, [weight], 0, 0
     if isinstance(weight, QuantizedWeight):
         codes, scales, quant_block, first_block = weight.operands()
         tensors = [codes, *scales]
     rows = x.reshape(-1, K).contiguous()
-    operands = rows, bias, tensors, columns, float(scaling), quant_block, first_block, *adapters
-    # Without a graph to build, the cost of an autograd function is saved.
-    y = _LoraLinear.apply(*operands) if torch.is_grad_enabled() else _forward(*operands)
-    return y.view(*x.shape[:-1], N)
+    operands = rows, bias, tensors, columns, float(scaling), quant_block, first_block
+    if torch.is_grad_enabled():
+        y = _LoraLinear.apply(*operands, value, *adapters)
+    else:  # without a graph to build, the cost of an autograd function is saved
+        forward = route(_op, _lora_linear_triton, _lora_linear_torch, x.device)
+        if (gated or residual is not None) and forward is _lora_linear_triton and _few(rows, N):
+            P = len(columns) // 2
+            stacks = _stack(adapters[:P]).contiguous(), _stack(adapters[P:]).contiguous()
+            residual = None if residual is None else residual.reshape(-1, N).contiguous()
+            options = bias, quant_block, first_block, gated, residual
+            y = few_rows(rows, tensors, *stacks, columns, float(scaling), *options)
+            return y.view(*x.shape[:-1], y.shape[1])
+        y = _forward(*operands, *adapters)
+    y = y.view(*x.shape[:-1], N)
+    return swiglu(y) if gated else y if residual is None else residual + y

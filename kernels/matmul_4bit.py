@@ -4,9 +4,10 @@ x (..., K), q (N, K), bias (N,), y (..., N) in x's dtype; M rows in all, QB weig
 
 Routes by the number of rows; sums are float32 in all:
 
-    packed  M <= 64 (int4: 32), 16-bit x, codes in the order of ``QuantizedWeight.packed``: tensor cores fed from
-            registers (``packed_matmul``), where nf4 values err by at most 0.0019 of themselves in bfloat16 and int4's
-            by nothing. Meeting points: M = 16 and 32. Codes in the order of files take the next two instead.
+    packed  M <= 32 (before Hopper nf4: 64), 16-bit x, codes in the order of ``QuantizedWeight.packed``: tensor cores
+            fed from registers (``packed_matmul``), where nf4 values err by at most 0.0019 of themselves in bfloat16
+            and int4's by nothing. Meeting points: M = 16 and 32. Codes in the order of files take the next but one.
+    tiled   from there to M = 64, Hopper and later: through shared memory (``tiled_matmul``), weights rounded.
     vector  M <= 4, 16-bit x: CUDA cores, the weights exact in float32 (``gemv_4bit``).
     fused   M <= 64, 16-bit x: codes are decoded in registers, rounded to x's dtype, and go through ``tl.dot``.
             Both read N*K/2 codes and N*K/QB scales (fused: for each 32 rows), x and y. FLOPs: 2*M*N*K.
@@ -30,8 +31,9 @@ import triton.language as tl
 from . import _runtime
 from .code_words import WORDS, aligned, block_scale, code_table, decode_words, weight_tile
 from .gemv_4bit import gemv_kernel
-from .packed_matmul import packed_matmul_4bit, sum_kernel
+from .packed_matmul import Config, packed_products, sum_kernel, sum_partials
 from .quantization import DTYPES, dequantize_4bit_ref, dequantize_op, kernel_format
+from .tiled_matmul import TileConfig, tiled_products
 
 # By the least compute capability: max_rows, BLOCK_N, num_warps, num_stages, programs that fill the card.
 # Rows of x are the dot's left operand in tiles of 16 or 32: below 64, Hopper uses mma.sync instead of WGMMA, whose
@@ -39,16 +41,17 @@ from .quantization import DTYPES, dequantize_4bit_ref, dequantize_op, kernel_for
 CONFIGS = {80: (64, 32, 4, 2, 256)}
 VECTOR_CONFIGS = {80: (4, 16, 4, 1, 512)}  # of the vector route, which keeps no shared memory
 
-# Of packed codes, by the least compute capability, format and most rows of x: over_n, warps, rows, columns,
-# programs, pdl of ``packed_matmul_4bit``; beyond the last, dense. Programmatic dependent launch begins with 90.
+# Of packed codes, by the least compute capability, format and most rows of x; beyond the last, dense. Programmatic
+# dependent launch begins with 90.
 _FEW = (False, 4, 1, 2, 1024)
 _MORE, _MOST = (True, 4, 2, 4, 264), (True, 4, 2, 4, 132)
+_TILES = TileConfig(block_m=64, block_n=64, warps=4, stages=3, programs=132, pdl=True)
 PACKED_CONFIGS = {
-    cc: {
-        "nf4": {16: (*_FEW, pdl), 32: (*_MORE, pdl), 64: (*_MOST, pdl)},
-        "int4": {16: (*_FEW, pdl), 32: (*_MORE, pdl)},
-    }
-    for cc, pdl in ((80, False), (90, True))
+    80: {
+        "nf4": {16: Config(*_FEW, False), 32: Config(*_MORE, False), 64: Config(*_MOST, False)},
+        "int4": {16: Config(*_FEW, False), 32: Config(*_MORE, False)},
+    },
+    90: dict.fromkeys(("nf4", "int4"), {16: Config(*_FEW, True), 32: Config(*_MORE, True), 64: _TILES}),
 }
 
 
@@ -110,10 +113,11 @@ def _matmul_triton(
         config = None if x.dtype == torch.float32 else packed_config(arch, len(x), format)
         if config is None:
             return _matmul_torch(x, codes, scales, bias, quant_block, first_block)
+        if not x.numel() * len(codes):
+            return x.new_empty(len(x), len(codes))
         with _runtime.launch_on(x):
-            return packed_matmul_4bit(
-                x, codes, scales, bias, first_block, format, config, not _runtime.INTERPRET
-            )
+            y = products(aligned(x), codes, scales, bias, first_block, config)
+            return y if y.ndim == 2 else sum_partials(y, bias, x.dtype, config.pdl)
     max_rows, *fused = _entry(CONFIGS, arch)
     (M, K), N = x.shape, len(codes)
     if M > max_rows or x.dtype == torch.float32:
@@ -149,6 +153,13 @@ def _matmul_triton(
             grid = (triton.cdiv(M * N, 1024),)
             sum_kernel[grid](target, bias, out, M * N, N, SPLIT=split, BLOCK=1024, PDL=False, num_warps=4)
     return out
+
+
+def products(x, words, scales, bias, first_block, config, *, late=False):
+    """x @ W.T of packed codes in one launch: y with the bias, or partial sums (SPLIT, M, N) float32 without it."""
+    run = packed_products if isinstance(config, Config) else tiled_products
+    format = kernel_format(scales)
+    return run(x, words, scales, bias, first_block, format, config, not _runtime.INTERPRET, late=late)
 
 
 def packed_config(arch, M, format):

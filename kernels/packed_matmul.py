@@ -16,11 +16,14 @@ each group of rows (through the caches), SPLIT*M*N*4 twice for partial sums wher
 A row's result depends on that row and the configuration alone, COLUMNS and DEPTH excepted, which change no bit.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from .code_words import aligned
+from .dependent_launch import prefetch
 from .packed_codes import TILE, UNGAIN_BF16, UNGAIN_FP16, decode_packed
 
 # Loads are tiles of two dimensions, columns in runs and rows (half or group, warp, lane): four lanes to a row, so
@@ -29,20 +32,27 @@ from .packed_codes import TILE, UNGAIN_BF16, UNGAIN_FP16, decode_packed
 
 
 @triton.jit
-def _weight_operand(value, WARPS: tl.constexpr):
+def weight_operand(value, WARPS: tl.constexpr):
     """(2 * WARPS * 8, 16) -> (WARPS, 16, 16): lane t's four words are columns 2t, 2t+1, 2t+8, 2t+9."""
     return value.reshape(2, WARPS, 8, 4, 2, 2).permute(1, 0, 2, 4, 3, 5).reshape(WARPS, 16, 16)
 
 
 @triton.jit
 def _x_operands(value, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(COLUMNS * WARPS * 8, 32) -> two of (WARPS, 16, 8 COLUMNS), with K in the order of ``_weight_operand``."""
+    """(COLUMNS * WARPS * 8, 32) -> two of (WARPS, 16, 8 COLUMNS), with K in the order of ``weight_operand``."""
     runs = value.reshape(COLUMNS, WARPS, 8, 4, 2, 2, 2).permute(1, 5, 3, 6, 0, 2, 4)
     return tl.split(runs.reshape(WARPS, 16, 8 * COLUMNS, 2))
 
 
 @triton.jit
-def _half(bits, SHIFT: tl.constexpr):
+def x_operand(value, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(COLUMNS * WARPS * 8, 16) -> (WARPS, 16, 8 COLUMNS), with K in the order of ``weight_operand``."""
+    runs = value.reshape(COLUMNS, WARPS, 8, 4, 2, 2).permute(1, 4, 3, 5, 0, 2)
+    return runs.reshape(WARPS, 16, 8 * COLUMNS)
+
+
+@triton.jit
+def half_float(bits, SHIFT: tl.constexpr):
     return (bits >> SHIFT).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
@@ -63,11 +73,11 @@ def _load_tile(pointers, tile, tile_of_row, tiles, FORMAT: tl.constexpr, ROWS: t
 
 
 @triton.jit
-def _block_scale(scales, raw, block, exists, B: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+def block_scale_of(scales, raw, block, exists, B: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
     """The float32 scale of block B of a row's tile, by which a decoded product is multiplied."""
     UNGAIN: tl.constexpr = UNGAIN_BF16 if DTYPE == tl.bfloat16 else UNGAIN_FP16
     if FORMAT == "int4":
-        scale = _half(raw, 16 * B)
+        scale = half_float(raw, 16 * B)
     elif FORMAT == "nf4":
         scale = (raw >> (32 * B)).to(tl.int32).to(tl.float32, bitcast=True) * UNGAIN
     else:
@@ -78,29 +88,58 @@ def _block_scale(scales, raw, block, exists, B: tl.constexpr, FORMAT: tl.constex
     return scale
 
 
+@triton.jit
+def _update(
+    sums, h, b, scaling, columns, n0, b_rows, part_of, m, M, R, r,
+    WARPS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """``sums`` (WARPS, 16, 8 COLUMNS) of outputs n0 to n0 + 16 with the adapters' part, whose ranks warps share."""
+    warp = tl.arange(0, 8 * WARPS * COLUMNS)[:, None] // 8 % WARPS
+    rank = 16 * warp + tl.arange(0, 16)[None, :]
+    for p in tl.static_range(len(columns) // 2):
+        if (n0 < columns[2 * p + 1]) & (n0 + 16 > columns[2 * p]):
+            delta = tl.zeros((WARPS, 16, 8 * COLUMNS), tl.float32)
+            for k in tl.static_range(0, RANK, 16 * WARPS):
+                value = tl.zeros((8 * WARPS * COLUMNS, 16), tl.float32)
+                for split in tl.static_range(SPLITS):
+                    at = h + (split * M + m).to(tl.int64) * R + (p * r + k) + rank
+                    value += tl.load(at, mask=rank + k < r, other=0.0)
+                weight = tl.where(part_of == p, b_rows[k // (16 * WARPS)], 0.0).to(DTYPE)
+                operand = x_operand(value.to(DTYPE), WARPS, COLUMNS)
+                delta = tl.dot(weight_operand(weight, WARPS), operand, delta)
+            sums += scaling * delta
+    return sums
+
+
 @triton.jit(do_not_specialize=["M", "tiles", "steps", "first_block"])
 def packed_kernel(
-    x, codes, scales, bias, out, M, N, tiles, steps, first_block,
-    FORMAT: tl.constexpr, PARTIAL: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr, OVER_N: tl.constexpr,
-    WARPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    x, codes, scales, bias, out, h, b, residual, scaling, columns, M, N, R, r, tiles, steps, first_block,
+    FORMAT: tl.constexpr, PARTIAL: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr, LATE: tl.constexpr,
+    OVER_N: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    SPLITS: tl.constexpr, RANK: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """16 ROWS (OVER_N: times WARPS) columns of x @ W.T, to ``out`` (M, N) with bias or to partial sums (SPLIT, M, N).
 
     x (M, 128 tiles), codes int32 (N, 16 tiles), scales[0] (and int4's scales[1]) one integer a tile: (N, tiles). A
-    warp takes ``steps`` tiles of K.
+    warp takes ``steps`` tiles of K. LATE: the kernel before has promised that x is complete; wait for its own output
+    alone. That is h, where b (rows, r) is given: partial sums (SPLITS, M, R) of the adapters' ranks. GATED: ROWS is
+    2, the second is N/2 further, and ``out`` (M, N/2) = silu(first) * second.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     NF4: tl.constexpr = FORMAT != "int4"
     PER_BLOCK: tl.constexpr = 4 if NF4 else 2
-    OVER: tl.constexpr = WARPS if OVER_N else 1
-    STRIDE: tl.constexpr = 1 if OVER_N else WARPS
     index, x_index = tl.arange(0, 16 * WARPS)[:, None], tl.arange(0, 8 * WARPS * COLUMNS)[:, None]
     warp, x_warp = index // 8 % WARPS, x_index // 8 % WARPS
     load_row = index // (8 * WARPS) * 8 + index % 8
     word, element = tl.arange(0, 16)[None, :], tl.arange(0, 32)[None, :]
     # The same rows and tiles as the accumulator counts them.
     warp_of_row, row_of_tile = tl.arange(0, WARPS)[:, None], tl.arange(0, 16)[None, :]
-    row0 = tl.program_id(0).to(tl.int64) * (16 * ROWS * OVER)
+    OVER: tl.constexpr = WARPS if OVER_N else 1
+    STRIDE: tl.constexpr = 1 if OVER_N else WARPS
+    apart = 16
+    if GATED:
+        apart = N // 2
+    row0 = tl.program_id(0).to(tl.int64) * (16 if GATED else 16 * ROWS * OVER)
     first = tl.program_id(2) * steps * STRIDE
     tile, x_tile, tile_of_row = first + 0 * warp, first + 0 * x_warp, first + 0 * warp_of_row
     load_row0, sum_row0 = row0 + 0 * warp, row0 + 0 * warp_of_row
@@ -112,10 +151,10 @@ def packed_kernel(
         x_tile += x_warp
         tile_of_row += warp_of_row
     code_rows, code_begins, scale_rows, minimum_rows, block_rows, acc = (), (), (), (), (), ()
-    for r in tl.static_range(ROWS):
-        row = tl.minimum(load_row0 + 16 * r + load_row, N - 1)
+    for g in tl.static_range(ROWS):
+        row = tl.minimum(load_row0 + apart * g + load_row, N - 1)
         code_rows = code_rows + (codes + row * tiles * 16 + word,)
-        row = tl.minimum(sum_row0 + 16 * r + row_of_tile, N - 1) * tiles
+        row = tl.minimum(sum_row0 + apart * g + row_of_tile, N - 1) * tiles
         code_begins = code_begins + (codes + row * 16,)
         scale_rows = scale_rows + (scales[0] + row,)
         if FORMAT == "int4":
@@ -128,17 +167,28 @@ def packed_kernel(
     m = tl.minimum(m0 + x_index // (8 * WARPS) * 8 + x_index % 8, M - 1)
     x_rows = x + m.to(tl.int64) * (tiles * 128) + element
     ones = tl.full((WARPS, 16, 16), 1.0, DTYPE)
-    if PDL:
+    if PDL and not LATE:
         tl.extra.cuda.gdc_launch_dependents()
         # The weight depends on no earlier kernel: its first tiles go to the L2 cache while the last one ends.
-        for r in tl.static_range(ROWS):
+        for g in tl.static_range(ROWS):
             for ahead in tl.static_range(DEPTH + 1):
-                begin = code_begins[r] + tl.minimum(tile_of_row + ahead * STRIDE, tiles - 1) * 16
-                tl.inline_asm_elementwise(
-                    "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [begin.to(tl.int64)], tl.int32,
-                    is_pure=False, pack=1,
-                )  # fmt: skip
+                prefetch(code_begins[g] + tl.minimum(tile_of_row + ahead * STRIDE, tiles - 1) * 16)
         tl.extra.cuda.gdc_wait()
+    b_rows, parts = (), ()
+    if b is not None:
+        for g in tl.static_range(ROWS):
+            n = row0 + apart * g + load_row
+            part, b_row, first_row = -1 + 0 * load_row, 0 * n, 0
+            for p in tl.static_range(len(columns) // 2):
+                inside = (n >= columns[2 * p]) & (n < columns[2 * p + 1])
+                part = tl.where(inside, p, part)
+                b_row = tl.where(inside, n - columns[2 * p] + first_row, b_row)
+                first_row += columns[2 * p + 1] - columns[2 * p]
+            loaded = ()
+            for k in tl.static_range(0, RANK, 16 * WARPS):
+                rank = 16 * warp + word + k
+                loaded = loaded + (tl.load(b + b_row * r + rank, mask=(part >= 0) & (rank < r), other=0.0),)
+            b_rows, parts = b_rows + (loaded,), parts + (part,)
     queue = ()
     for ahead in tl.static_range(DEPTH):
         queue = queue + (
@@ -151,50 +201,74 @@ def packed_kernel(
         x_tiles = x_rows + tl.minimum(x_tile, tiles - 1) * 128
         for half in tl.static_range(2):
             values = ()
-            for r in tl.static_range(ROWS):
-                values = values + (decode_packed(current[r][0], half, DTYPE, NF4, ASSEMBLY),)
-            for b in tl.static_range(4 // PER_BLOCK):
-                parts = ()
+            for g in tl.static_range(ROWS):
+                values = values + (decode_packed(current[g][0], half, DTYPE, NF4, ASSEMBLY),)
+            for block in tl.static_range(4 // PER_BLOCK):
+                products = ()
                 for _row in tl.static_range(ROWS):
-                    parts = parts + (tl.zeros((WARPS, 16, 8 * COLUMNS), tl.float32),)
+                    products = products + (tl.zeros((WARPS, 16, 8 * COLUMNS), tl.float32),)
                 total = tl.zeros((WARPS, 16, 8 * COLUMNS), tl.float32)
-                for pair in tl.static_range(b * PER_BLOCK, (b + 1) * PER_BLOCK, 2):
+                for pair in tl.static_range(block * PER_BLOCK, (block + 1) * PER_BLOCK, 2):
                     x_pair = _x_operands(tl.load(x_tiles + 32 * (2 * half + pair // 2)), WARPS, COLUMNS)
                     for i in tl.static_range(2):
                         added = ()
-                        for r in tl.static_range(ROWS):
-                            value = _weight_operand(values[r][pair + i], WARPS)
-                            added = added + (tl.dot(value, x_pair[i], parts[r]),)
-                        parts = added
+                        for g in tl.static_range(ROWS):
+                            value = weight_operand(values[g][pair + i], WARPS)
+                            added = added + (tl.dot(value, x_pair[i], products[g]),)
+                        products = added
                         if not NF4:
                             total = tl.dot(ones, x_pair[i], total)
                 added = ()
-                for r in tl.static_range(ROWS):
-                    block = block_rows[r] + 2 * tl.minimum(tile_of_row, tiles - 1)
-                    exists = tile_of_row < tiles
-                    scale = _block_scale(
-                        scales, current[r][1], block, exists, half * (4 // PER_BLOCK) + b, FORMAT, DTYPE
-                    )
-                    sums = acc[r] + parts[r] * scale[:, :, None]
+                for g in tl.static_range(ROWS):
+                    at = block_rows[g] + 2 * tl.minimum(tile_of_row, tiles - 1)
+                    exists, number = tile_of_row < tiles, half * (4 // PER_BLOCK) + block
+                    scale = block_scale_of(scales, current[g][1], at, exists, number, FORMAT, DTYPE)
+                    sums = acc[g] + products[g] * scale[:, :, None]
                     if not NF4:
-                        sums += total * (_half(current[r][2], 16 * (2 * half + b)) - 16 * scale)[:, :, None]
+                        sums += total * (half_float(current[g][2], 16 * number) - 16 * scale)[:, :, None]
                     added = added + (sums,)
                 acc = added
         tile += STRIDE
         x_tile += STRIDE
         tile_of_row += STRIDE
-    column = m0 + tl.arange(0, 8 * COLUMNS)
-    target = (tl.program_id(2).to(tl.int64) * M + column) * N
-    for r in tl.static_range(ROWS):
-        if OVER_N:
-            y, n, start = acc[r], (sum_row0 + 16 * r + row_of_tile)[:, :, None], target[None, None, :]
+    if PDL and LATE:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    column, split = m0 + tl.arange(0, 8 * COLUMNS), tl.program_id(2).to(tl.int64)
+    if OVER_N:
+        target = ((split * M + column) * N)[None, None, :]
+        for g in tl.static_range(ROWS):
+            y, n = acc[g], (sum_row0 + 16 * g + row_of_tile)[:, :, None]
+            if bias is not None and not PARTIAL:
+                y += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
             inside = (n < N) & (column < M)[None, None, :]
-        else:
-            y, n, start = tl.sum(acc[r], 0), (row0 + 16 * r + tl.arange(0, 16))[:, None], target[None, :]
+            tl.store(out + target + n, y.to(out.dtype.element_ty), mask=inside)
+    else:
+        WIDTH = N // 2 if GATED else N
+        target, results = ((split * M + column) * WIDTH)[None, :], ()
+        for g in tl.static_range(ROWS):
+            n, sums = (row0 + apart * g + tl.arange(0, 16))[:, None], acc[g]
+            if b is not None:
+                sums = _update(
+                    sums, h, b, scaling, columns, row0 + apart * g, b_rows[g], parts[g], m, M, R, r,
+                    WARPS, COLUMNS, RANK, SPLITS, DTYPE,
+                )  # fmt: skip
+            y = tl.sum(sums, 0)
+            if bias is not None and not PARTIAL:
+                y += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
             inside = (n < N) & (column < M)[None, :]
-        if bias is not None and not PARTIAL:
-            y += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
-        tl.store(out + start + n, y.to(out.dtype.element_ty), mask=inside)
+            if residual is not None:
+                y = y.to(DTYPE).to(tl.float32) + tl.load(residual + target + n, mask=inside, other=0).to(
+                    tl.float32
+                )
+            if GATED:
+                results = results + (y.to(DTYPE).to(tl.float32),)
+            else:
+                tl.store(out + target + n, y.to(out.dtype.element_ty), mask=inside)
+        if GATED:
+            n = (row0 + tl.arange(0, 16))[:, None]
+            y = results[0] * tl.sigmoid(results[0]) * results[1]
+            tl.store(out + target + n, y.to(DTYPE), mask=(n < WIDTH) & (column < M)[None, :])
 
 
 @triton.jit
@@ -213,8 +287,39 @@ def sum_kernel(partial, bias, out, total, N, SPLIT: tl.constexpr, BLOCK: tl.cons
     tl.store(out + index, acc.to(out.dtype.element_ty), mask=mask)
 
 
-def plan(N, tiles, over_n, warps, rows, programs):
+FEW_PROGRAMS = 264
+
+
+class Config(NamedTuple):
+    """How ``packed_kernel`` divides the work: see the module. programs: how many fill the card (they split K);
+    columns: of 8 rows of x, a program's at most; pdl: launches are programmatic dependents of each other."""
+
+    over_n: bool
+    warps: int
+    rows: int
+    columns: int
+    programs: int
+    pdl: bool
+
+
+class Update(NamedTuple):
+    """What adapters add to y: ``scaling`` * h_p b_p^T on the columns (start and stop in turn) of each part p.
+
+    h (S, M, R) float32: partial sums of all parts' ranks, b (rows, r). gated: store silu(y[:, : N / 2]) *
+    y[:, N / 2 :], (M, N / 2). residual (M, N): store residual + y. Both with the roundings of separate operations.
+    """
+
+    h: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    scaling: float = 0.0
+    columns: tuple[int, ...] = ()
+    gated: bool = False
+    residual: torch.Tensor | None = None
+
+
+def plan(N, tiles, config):
     """Programs over N, tiles of K a warp and splits of K, from N and K alone: about ``programs`` programs in all."""
+    over_n, warps, rows, _, programs, _ = config
     across = triton.cdiv(N, 16 * rows * (warps if over_n else 1))
     slices = 1 if over_n else warps
     steps = triton.cdiv(tiles, slices)
@@ -223,32 +328,52 @@ def plan(N, tiles, over_n, warps, rows, programs):
     return across, steps, triton.cdiv(tiles, steps * slices)
 
 
-def packed_matmul_4bit(x, words, scales, bias, first_block, format, config, assembly=True):
-    """x (M, K) float16 or bfloat16 @ W.T + bias, of packed ``words`` and the ``scales`` that ``operands`` lists.
+def per_tile_scales(scales, format):
+    """``scales`` with a tile's as one integer each."""
+    whole = torch.int16 if format == "nested_nf4" else torch.int64
+    count = 2 if format == "int4" else 1
+    return *(aligned(t).view(whole) for t in scales[:count]), *scales[count:]
 
-    config: over_n, warps, rows (of 16, a warp's), columns (of 8 rows of x, a program's at most), programs that fill
-    the card, pdl (programmatic dependent launch).
+
+def packed_products(
+    x, words, scales, bias, first_block, format, config, assembly=True, *, update=None, late=False
+):
+    """x (M, K) float16 or bfloat16 @ W.T (+ bias) in one launch: y, or partial sums (SPLIT, M, N) without the bias.
+
+    words, scales: of packed codes, as ``operands`` lists them. update: an ``Update`` of a y that is not split. late:
+    the launch before this one has promised that x is complete, as ``dependent_launch`` says.
     """
-    over_n, warps, rows, columns, programs, pdl = config
-    (M, K), N = x.shape, len(words)
+    over_n, warps, rows, columns, _, pdl = config
+    (M, K), N, update = x.shape, len(words), update or Update()
     columns = min(columns, triton.next_power_of_2(triton.cdiv(M, 8)))
-    across, steps, split = plan(N, K // TILE, over_n, warps, rows, programs)
-    whole = torch.int16 if format == "nested_nf4" else torch.int64  # a tile's scales
-    per_tile = [aligned(t).view(whole) for t in scales[: 2 if format == "int4" else 1]]
-    # The three tiles of K = 1536 as soon as possible; elsewhere the registers for it cost resident programs.
-    depth = 1 if steps != 3 or columns > 1 else 2 if format == "int4" else 3
-    out = x.new_empty(M, N)
-    if not out.numel():
-        return out
-    target = out if split == 1 else x.new_empty(split, M, N, dtype=torch.float32)
-    pdl = {"PDL": pdl, "launch_pdl": pdl}
-    packed_kernel[(across, triton.cdiv(M, 8 * columns), split)](
-        aligned(x), aligned(words), (*per_tile, *scales[len(per_tile) :]), bias, target, M, N, K // TILE, steps,
-        first_block, FORMAT=format, PARTIAL=split > 1, ASSEMBLY=assembly, OVER_N=over_n, WARPS=warps, ROWS=rows,
-        COLUMNS=columns, DEPTH=depth, num_warps=warps, num_stages=1, **pdl,
-    )  # fmt: skip
+    across, steps, split = plan(N, K // TILE, config)
+    R, r, splits = 0, 0, 0
+    if update.b is not None:
+        (splits, _, R), r = update.h.shape, update.b.shape[1]
+    if update.gated:
+        rows, across = 2, triton.cdiv(N // 2, 16)
+    # Tiles of K as soon as possible where programs are few; elsewhere the registers for it cost resident programs.
+    depth = 1
+    if columns == rows == 1 and across <= FEW_PROGRAMS and steps >= 3:
+        depth = 2 if format == "int4" else 3
+    out = x.new_empty(M, N // 2 if update.gated else N)
     if split > 1:
-        sum_kernel[(triton.cdiv(M * N, 256),)](
-            target, bias, out, M * N, N, SPLIT=split, BLOCK=256, num_warps=2, **pdl
-        )
+        out = x.new_empty(split, M, N, dtype=torch.float32)
+    packed_kernel[(across, triton.cdiv(M, 8 * columns), split)](
+        x, aligned(words), per_tile_scales(scales, format), bias, out, update.h, update.b, update.residual,
+        update.scaling, update.columns, M, N, R, r, K // TILE, steps, first_block,
+        FORMAT=format, PARTIAL=split > 1, ASSEMBLY=assembly, PDL=pdl, LATE=late, OVER_N=over_n, WARPS=warps,
+        ROWS=rows, COLUMNS=columns, DEPTH=depth, SPLITS=splits, RANK=max(16 * warps, triton.next_power_of_2(r)),
+        GATED=update.gated, num_warps=warps, num_stages=1, launch_pdl=pdl, maxnreg=160 if update.gated else None,
+    )  # fmt: skip
+    return out
+
+
+def sum_partials(partial, bias, dtype, pdl):
+    """y (M, N) of ``dtype`` from partial sums (SPLIT, M, N) and a bias."""
+    split, M, N = partial.shape
+    out = partial.new_empty(M, N, dtype=dtype)
+    sum_kernel[(triton.cdiv(M * N, 256),)](
+        partial, bias, out, M * N, N, SPLIT=split, BLOCK=256, PDL=pdl, num_warps=2, launch_pdl=pdl
+    )
     return out

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from . import _runtime
-from .dependent_launch import dependent_launch, prefetch, wait_for_inputs
+from .dependent_launch import dependent_launch, prefetch_values, wait_for_inputs
 from .dispatch import check_floating, route, wide
 
 MAX_D = 65536  # a row stays in the registers of one program
@@ -48,7 +48,7 @@ def _rms_norm_kernel(
     ADD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y (rows, D) = norm of x, whose row i lies at (i // H) * x_token + (i % H) * x_head; total where ADD."""
-    prefetch(weight, D, BLOCK_D, PDL)
+    prefetch_values(weight, D, BLOCK_D, PDL)
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_D)

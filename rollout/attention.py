@@ -20,11 +20,15 @@ class TreeAttention:
         self.key_end = key_end
         self.plan = None
 
-    def __call__(self, layer, q, k, v, cos, sin):
-        q, k = rotary(q, k, cos, sin)
+    def plan_for(self, q, k):
+        """The plan of the tiles for the shapes of q and k, made on first use."""
         if self.plan is None:
             self.plan = tree_plan(q, k, self.key_end)
-        return tree_attention(q, k, v, self.key_end, plan=self.plan)
+        return self.plan
+
+    def __call__(self, layer, q, k, v, cos, sin):
+        q, k = rotary(q, k, cos, sin)
+        return tree_attention(q, k, v, self.key_end, plan=self.plan_for(q, k))
 
 
 class PagedAttention:

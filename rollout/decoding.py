@@ -21,15 +21,8 @@ from .sampling import sample
 
 LOGIT_BYTES = 80 * 2**20  # logits that exist at once on a GPU
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)  # rows of a captured step; then by 64
-PREFILL_BUCKETS = (
-    32,
-    64,
-    128,
-    192,
-    256,
-    384,
-    512,
-)  # tokens of a captured prefill; beyond, launches are hidden
+PREFILL_BUCKETS = (32, 64, 128, 192, 256, 384, 512)  # tokens of a captured prefill
+PREFILL_SEQUENCES = (8, 64, 512)  # of a captured prefill; those without tokens cost next to nothing
 MIN_WIDTH = 16  # blocks of the narrowest block table
 
 
@@ -84,49 +77,38 @@ class TokenSampler:
 
 
 class DecodeState:
-    """The rows of a decode step, on the device.
+    """The rows of a decode step, on the device, and the host's memory that fills and reads them.
 
     words (4, B) int64: the last token of each row, where it stands, the tokens generated and how many are to be (a
-    row with as many has ended); context_lens (B,) int32: the length with the last token, 0 for rows that have ended;
-    members (2, B) int64: prompt and group index; table (B, width) int32; record (steps, 3, B) float64: token,
+    row with as many has ended); members (2, B) int64: prompt and group index; context_lens (B,) int32: the length
+    with the last token, 0 for rows that have ended; step (1,) int64: the place of the next step in the record; table
+    (B, width) int32: all of them parts of one tensor, which one copy fills. record (steps, 3, B) float64: token,
     log-prob and kept mass of each step; seen (B, V) bool where the repetition penalty asks for it. leaders (R,) int64
     are the rows that are computed, None: all; rows (B,) int64 names the computed row that each row equals.
+
+    staged and recorded are the host's copies of inputs and record, in pinned memory where the device is a GPU.
     """
 
     def __init__(self, batch, width, steps, device, *, vocab_size=None):
         self.batch, self.width = batch, width
-        self.words = torch.zeros(4, batch, dtype=torch.int64, device=device)
-        self.context_lens = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.members = torch.zeros(2, batch, dtype=torch.int64, device=device)
-        self.table = torch.zeros(batch, width, dtype=torch.int32, device=device)
+        # Parts begin at multiples of 16 bytes, which kernels make use of.
+        sizes = (8 * batch, 4 * batch, -(-batch // 4) * 4, 4, batch * width)
+        self.inputs = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        words, members, lens, step, table = self.inputs.split(sizes)
+        self.words = words.view(torch.int64).view(4, batch)
+        self.members = members.view(torch.int64).view(2, batch)
+        self.context_lens, self.step = lens[:batch], step[:2].view(torch.int64)
+        self.table = table.view(batch, width)
+        self.growing = sum(sizes[:3])  # from here on what a window begins with: step and table
         self.record = torch.zeros(steps, 3, batch, dtype=torch.float64, device=device)
-        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.staged, self.recorded = (
+            torch.zeros(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+            for like in (self.inputs, self.record)
+        )
         self.seen = None
         if vocab_size is not None:
             self.seen = torch.zeros(batch, vocab_size, dtype=torch.bool, device=device)
         self.leaders, self.rows = None, torch.arange(batch, device=device)
-
-    def fill(self, sequences, limit):
-        """Write ``sequences`` into the first rows; the others have ended. limit: the tokens of a completion."""
-        n = len(sequences)
-        words, lens = np.zeros((6, self.batch), dtype=np.int64), np.zeros(self.batch, dtype=np.int32)
-        words[0, :n] = [s.token_ids[-1] for s in sequences]
-        lens[:n] = [len(s) for s in sequences]
-        words[1, :n] = lens[:n] - 1
-        words[2, :n] = [len(s) - s.prompt_length for s in sequences]
-        words[3, :n] = limit
-        words[4, :n] = [s.prompt_index for s in sequences]
-        words[5, :n] = [s.group_index for s in sequences]
-        table = np.zeros((self.batch, self.width), dtype=np.int32)
-        for row, sequence in zip(table, sequences, strict=False):
-            row[: len(sequence.block_table)] = sequence.block_table
-        self.words.copy_(torch.from_numpy(words[:4]))
-        self.members.copy_(torch.from_numpy(words[4:]))
-        self.context_lens.copy_(torch.from_numpy(lens))
-        self.table.copy_(torch.from_numpy(table))
-        self.step.zero_()
-        if self.seen is not None:
-            mark_seen(self.seen, sequences)
 
     def share(self, sequences):
         """Compute equal ones of ``sequences`` once; for one step, after which they may differ."""
@@ -138,10 +120,99 @@ class DecodeState:
             leaders = [rows.index(i) for i in range(len(distinct))]
             self.leaders = torch.tensor(leaders, device=self.words.device)
 
-    def read(self, steps):
-        """Tokens (steps, B), log-probs and kept masses of the steps so far, as numpy arrays; waits for them."""
-        tokens, logprobs, kept = self.record[:steps].cpu().numpy().swapaxes(0, 1)
+
+class DecodeRun:
+    """Windows of steps on rows that stay where they are: the device goes on while the host looks at the last window.
+
+    A window is opened, takes its steps in one or more calls, is closed, and is read when the next has been opened or
+    not, but before that is closed. Between windows the device keeps its state: only block tables grow. What is staged
+    may be on its way to the device when blocks are added to it: that they come early does no harm.
+    """
+
+    def __init__(self, state, step, sequences, limit):
+        """Write ``sequences`` into the first rows of ``state``, on which no step is under way; the others have ended.
+
+        step: runs one step; limit: the tokens of a completion.
+        """
+        self.state, self.step, self.sequences = state, step, sequences
+        self.steps = 0  # of the open window
+        self.unread = 0  # of all windows, the open one included
+        self.closed = None  # (record on the host, what waits for it)
+        self.blocks = [0] * len(sequences)  # of each row, already in the table
+        self.changed = slice(None)  # part of the inputs that the next window brings
+        self._fill(limit)
+
+    def _fill(self, limit):
+        state, sequences, n = self.state, self.sequences, len(self.sequences)
+        staged = state.staged.numpy()
+        staged[:] = 0
+        words = staged[: 12 * state.batch].view(np.int64).reshape(6, state.batch)
+        lens = np.fromiter(map(len, sequences), dtype=np.int64, count=n)
+        words[0, :n] = [s.token_ids[-1] for s in sequences]
+        words[1, :n] = lens - 1
+        words[2, :n] = lens - np.fromiter((s.prompt_length for s in sequences), dtype=np.int64, count=n)
+        words[3, :n] = limit
+        words[4, :n] = [s.prompt_index for s in sequences]
+        words[5, :n] = [s.group_index for s in sequences]
+        staged[12 * state.batch :][:n] = lens
+        if state.seen is not None:
+            mark_seen(state.seen, sequences)
+
+    def open(self):
+        """Begin a window: the record at its first step, and the blocks that ``sequences`` have got since the last."""
+        state, places, blocks = self.state, [], []
+        for row, (sequence, had) in enumerate(zip(self.sequences, self.blocks, strict=True)):
+            table = sequence.block_table
+            if len(table) > had:
+                start = row * state.width
+                places += range(start + had, start + len(table))
+                blocks += table[had:]
+                self.blocks[row] = len(table)
+        state.staged[-state.table.numel() :].numpy()[places] = blocks
+        _copy(state.staged[self.changed], state.inputs[self.changed])
+        self.changed = slice(state.growing, None)
+
+    def move(self, state, step):
+        """Go on in a ``state`` of as many rows and another width, which the device fills with what it has."""
+        _copy(self.state.inputs[: state.growing], state.inputs[: state.growing])
+        if state.seen is not None:
+            _copy(self.state.seen, state.seen)
+        state.staged[state.growing :] = 0
+        self.state, self.step, self.blocks = state, step, [0] * len(self.sequences)
+
+    def advance(self, steps):
+        """Let the open window take ``steps`` more, for which the block tables must have room."""
+        for _ in range(steps):
+            self.step()
+        self.steps += steps
+        self.unread += steps
+
+    def close(self):
+        """End the open window: its record is on its way to the host."""
+        recorded = self.state.recorded[: self.steps]
+        self.closed = recorded, _copy(self.state.record[: self.steps], recorded)
+        self.steps = 0
+
+    def read(self):
+        """(tokens, logprobs, kept), each (steps, rows) numpy, of the closed window; waits for its steps.
+
+        They are overwritten when the next window is closed. What stands behind the end of a completion means nothing.
+        """
+        recorded, wait = self.closed
+        wait()
+        self.unread -= len(recorded)
+        tokens, logprobs, kept = recorded[:, :, : len(self.sequences)].numpy().swapaxes(0, 1)
         return tokens.astype(np.int64), logprobs, kept
+
+
+def _copy(source, destination):
+    """Start a copy, to or from pinned memory or on a GPU; returns what waits for its end. On the CPU it is done."""
+    destination.copy_(source, non_blocking=True)
+    if not (source.is_cuda or destination.is_cuda):
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize
 
 
 def mark_seen(seen, sequences):
@@ -192,6 +263,7 @@ class Decoder:
         self.policy = policy
         self.on_gpu = policy.device.type == "cuda"
         self.graphs = StepGraphs(policy) if graphs and self.on_gpu else None
+        self.looks_ahead = self.on_gpu  # elsewhere steps are done when their launch returns
         self.draw = TokenSampler(policy.config.vocab_size, policy.device)
         self.addresses = None
         if self.on_gpu:
@@ -212,7 +284,7 @@ class Decoder:
         width = max(len(s.block_table) for s, _ in parts)
         small = self.on_gpu and tokens <= PREFILL_BUCKETS[-1]
         if small:  # the launches take longer than the work; without graphs too a GPU computes these shapes
-            tokens, sequences = _bucket(tokens, PREFILL_BUCKETS), _bucket(sequences, BUCKETS)
+            tokens, sequences = _bucket(tokens, PREFILL_BUCKETS), _bucket(sequences, PREFILL_SEQUENCES)
             width = _table_width(width)
         elif not self.on_gpu:
             tokens = max(tokens, MIN_ROWS)
@@ -221,39 +293,55 @@ class Decoder:
             state = PrefillState(tokens, sequences, width, self.policy.device)
             return state, lambda: prefill_step(self.policy.model, cache, state)
 
-        if small and self.graphs is not None:
-            state, run = self.graphs.get(("prefill", tokens, sequences, width, cache.block_size), make)
-        else:
-            state, run = make()
+        key = "prefill", tokens, sequences, width, cache.block_size
+        state, run = self._step(cache, key, make) if small else make()
         state.fill(parts, cache.block_size)
         run()
         return state.hidden_states
 
-    def decode(self, cache, sequences, steps, *, window):
-        """Let ``steps`` tokens be drawn for ``sequences``; returns (tokens, logprobs, kept), each (steps, B) numpy.
+    def prepare(self, cache, sequences, window):
+        """Have a step for ``sequences`` captured and checked while the device has other work to do."""
+        if self.graphs is not None:
+            self._decode_step(cache, *self._shape(sequences), window)
 
-        window: the most steps of any call. What stands behind the end of a completion means nothing.
-        """
+    def start(self, cache, sequences, steps, window):
+        """A ``DecodeRun`` of ``sequences``. steps: of its first window; window: the most of any window."""
+        state, step = self._decode_step(cache, *self._shape(sequences), window)
+        if steps == 1 and not (self.on_gpu or self.looks_ahead):
+            state.share(sequences)
+        return DecodeRun(state, step, sequences, self.draw.params.max_tokens)
+
+    def open(self, cache, run):
+        """Begin a window of ``run``, on a wider block table if its sequences have outgrown it."""
+        _, width = self._shape(run.sequences)
+        if width > run.state.width:
+            run.move(*self._decode_step(cache, run.state.batch, width, len(run.state.record)))
+        run.open()
+
+    def fits(self, run, sequences):
+        """Whether ``sequences``, those of ``run`` that have not ended, would now be given as many rows."""
+        return bool(sequences) and self._shape(sequences)[0] == run.state.batch
+
+    def _shape(self, sequences):
         width = _table_width(max(len(s.block_table) for s in sequences))
-        batch = _bucket(len(sequences), BUCKETS) if self.on_gpu else len(sequences)
+        return _bucket(len(sequences), BUCKETS) if self.on_gpu else len(sequences), width
 
+    def _decode_step(self, cache, batch, width, window):
         def make():
             penalty = self.draw.params.repetition_penalty != 1
             vocab_size = self.policy.config.vocab_size if penalty else None
             state = DecodeState(batch, width, window, self.policy.device, vocab_size=vocab_size)
             return state, lambda: decode_step(self.policy.model, cache, self.draw, state)
 
-        if self.graphs is not None:
-            key = "decode", batch, width, window, cache.block_size, self.draw.key
-            state, run = self.graphs.get(key, make)
-        else:
-            state, run = make()
-            if steps == 1 and not self.on_gpu:
-                state.share(sequences)
-        state.fill(sequences, self.draw.params.max_tokens)
-        for _ in range(steps):
-            run()
-        return [x[:, : len(sequences)] for x in state.read(steps)]
+        return self._step(cache, ("decode", batch, width, window, cache.block_size, self.draw.key), make)
+
+    def _step(self, cache, key, make):
+        """(state, run) of a step; a captured one is checked against the policy once a cache."""
+        if self.graphs is None:
+            return make()
+        if key not in cache.steps:
+            cache.steps[key] = self.graphs.get(key, make)
+        return cache.steps[key]
 
 
 def _bucket(count, buckets):

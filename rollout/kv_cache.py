@@ -5,7 +5,10 @@ tables; a full block may be shared by any number of sequences that begin with th
 arXiv 2309.06180).
 """
 
+import numpy as np
 import torch
+
+COPIED_AT_ONCE = 32  # blocks that stand once more in memory while they are copied
 
 
 class OutOfBlocks(Exception):
@@ -28,11 +31,18 @@ class BlockAllocator:
 
     def allocate(self):
         """A fresh block with one owner; raises ``OutOfBlocks``."""
-        if not self.free:
+        return self.allocate_many(1)[0]
+
+    def allocate_many(self, count):
+        """List of ``count`` fresh blocks with one owner each; if fewer are free, takes none: ``OutOfBlocks``."""
+        if count > len(self.free):
             raise OutOfBlocks
-        block = self.free.pop()
-        self.ref_counts[block] = 1
-        return block
+        kept = len(self.free) - count
+        blocks = self.free[kept:][::-1]
+        del self.free[kept:]
+        for block in blocks:
+            self.ref_counts[block] = 1
+        return blocks
 
     def share(self, block):
         """One more owner for a live block."""
@@ -43,13 +53,19 @@ class BlockAllocator:
 
     def release(self, block):
         """One owner fewer; a block without owners is free and forgotten by the prefix index."""
-        if self.ref_counts[block] == 0:
-            raise ValueError(f"block {block} is already free")
-        self.ref_counts[block] -= 1
-        if self.ref_counts[block] == 0:
-            if block in self.content:
-                del self.by_content[self.content.pop(block)]
-            self.free.append(block)
+        self.release_many([block])
+
+    def release_many(self, blocks):
+        """One owner fewer for each of ``blocks``, in their order."""
+        for block in blocks:
+            owners = self.ref_counts[block] - 1
+            if owners < 0:
+                raise ValueError(f"block {block} is already free")
+            self.ref_counts[block] = owners
+            if owners == 0:
+                if block in self.content:
+                    del self.by_content[self.content.pop(block)]
+                self.free.append(block)
 
     def find(self, previous, tokens):
         """The live full block that holds ``tokens`` after block ``previous`` (-1: at the start), or None."""
@@ -86,7 +102,7 @@ class KVCache:
     Strides do not depend on num_blocks, and a block of all layers is one piece of memory. On a GPU ``addresses``
     (layers, 2) int64 holds where the keys and the values of each layer begin: kernels that were captured in a CUDA
     graph read it when they run, so a graph serves a later cache of other size and place, given the same
-    ``addresses``.
+    ``addresses``. steps: the captured steps that have been looked up for this cache, by key.
     """
 
     def __init__(self, config, num_blocks, block_size, *, device, dtype, addresses=None):
@@ -95,6 +111,7 @@ class KVCache:
         layers = config.num_hidden_layers
         shape = (num_blocks, layers, 2, block_size, config.num_key_value_heads, config.head_dim)
         self.data = torch.empty(shape, device=device, dtype=dtype)
+        self.steps = {}
         self.addresses = addresses
         if addresses is not None:
             step = self.data.stride(2) * dtype.itemsize
@@ -111,7 +128,17 @@ class KVCache:
         return self.data[:, index, 0], self.data[:, index, 1]
 
     def copy_blocks(self, pairs):
-        """Copy whole blocks, all layers at once; pairs: (source, destination) block ids."""
-        if pairs:
-            source, destination = torch.tensor(pairs, device=self.data.device).unbind(1)
+        """Copy whole blocks, all layers at once; pairs: (source, destination) block ids, none both."""
+        for start in range(0, len(pairs), COPIED_AT_ONCE):
+            source, destination = on_device(pairs[start : start + COPIED_AT_ONCE], self.data.device).unbind(1)
             self.data[destination] = self.data[source]
+
+
+def on_device(values, device):
+    """Tensor of an array or of nested lists of integers; the host does not wait for work that a GPU has to do."""
+    tensor = torch.from_numpy(np.asarray(values))
+    if (
+        device.type == "cuda"
+    ):  # a copy from other memory would wait; torch keeps pinned memory until it is copied
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import QuantizedWeight, lora_linear_stacked, matmul_4bit, quantize_4bit
+from ..kernels import QuantizedWeight, lora_linear_stacked, matmul_4bit, quantize_4bit, swiglu
 
 STACKS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -43,7 +43,8 @@ def concatenate(weights):
     if len(weights) == 1:
         return first
     kinds = [
-        (w.format, w.quant_block, w.dtype, w.codes.dtype) if isinstance(w, QuantizedWeight) else w.dtype for w in weights
+        (w.format, w.quant_block, w.dtype, w.codes.dtype) if isinstance(w, QuantizedWeight) else w.dtype
+        for w in weights
     ]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"weights that share an input are of different kinds: {kinds}")
@@ -126,10 +127,10 @@ class StackedLinear(nn.Module):
             delattr(self, name)
         self.adapted, self.lora_a, self.lora_b, self.starts, self.scaling = (), (), (), (), 0.0
 
-    def add_adapters(self, targets, r, alpha, generator):
+    def add_adapters(self, targets, r, alpha, generator, dtype=torch.float32):
         """Attach adapters to the parts in ``targets``, in place of any others.
 
-        lora_a (r, K), uniform in +-1/sqrt(K) (Kaiming with a = sqrt 5, as PEFT), and lora_b (N, r) = 0, in float32.
+        lora_a (r, K), uniform in +-1/sqrt(K) (Kaiming with a = sqrt 5, as PEFT), and lora_b (N, r) = 0, in ``dtype``.
         """
         self.remove_adapters()
         chosen = [index for index, part in enumerate(self.parts) if part in targets]
@@ -137,9 +138,11 @@ class StackedLinear(nn.Module):
             return
         K, device = self.weight.shape[1], self.weight.device
         bound = 1 / math.sqrt(K)
-        lora_a = torch.empty(len(chosen) * r, K).uniform_(-bound, bound, generator=generator).to(device)
+        lora_a = (
+            torch.empty(len(chosen) * r, K).uniform_(-bound, bound, generator=generator).to(device, dtype)
+        )
         sizes = [self.sizes[index] for index in chosen]
-        lora_b = torch.zeros(sum(sizes), r, device=device)
+        lora_b = torch.zeros(sum(sizes), r, device=device, dtype=dtype)
         self.adapted = tuple(self.parts[index] for index in chosen)
         self.lora_a = tuple(map(nn.Parameter, lora_a.split(r)))
         self.lora_b = tuple(map(nn.Parameter, lora_b.split(sizes)))
@@ -152,14 +155,16 @@ class StackedLinear(nn.Module):
     def projections(self):
         return [Projection(self, index) for index in range(len(self.parts))]
 
-    def forward(self, x):
+    def forward(self, x, *, gated=False, residual=None):
+        """y; with ``gated`` swiglu(y), for a gate and an up projection; with ``residual`` residual + y."""
         if self.lora_a and self.adapter_on:
-            return lora_linear_stacked(
-                x, self.weight, self.lora_a, self.lora_b, self.scaling, self.bias, self.starts
-            )
+            adapters = self.lora_a, self.lora_b, self.scaling, self.bias, self.starts
+            return lora_linear_stacked(x, self.weight, *adapters, gated=gated, residual=residual)
         if isinstance(self.weight, QuantizedWeight):
-            return matmul_4bit(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+            y = matmul_4bit(x, self.weight, self.bias)
+        else:
+            y = F.linear(x, self.weight, self.bias)
+        return swiglu(y) if gated else y if residual is None else residual + y
 
 
 @dataclass(frozen=True)

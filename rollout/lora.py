@@ -19,20 +19,29 @@ from ..kernels.lora_linear import MAX_RANK
 from .checkpoint import FUSED
 from .linear import LINEARS
 
+LORA_DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685): rank r, scaling alpha / r, on the linears named in ``targets``."""
+    """Low-rank adapters (arXiv 2106.09685): rank r, scaling alpha / r, on the linears named in ``targets``.
+
+    dtype: of their parameters, "float32" or the model's own: half the memory, but updates smaller than a rounding
+    are lost.
+    """
 
     r: int = 16
     alpha: float = 16
     targets: tuple[str, ...] = LINEARS
+    dtype: str = "float32"
 
     def __post_init__(self):
         if not isinstance(self.r, int) or not 1 <= self.r <= MAX_RANK:
             raise ValueError(f"LoRA r must be an integer from 1 to {MAX_RANK}, got {self.r!r}")
         if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < math.inf:
             raise ValueError(f"LoRA alpha must be positive and finite, got {self.alpha!r}")
+        if self.dtype not in LORA_DTYPES:
+            raise ValueError(f"LoRA dtype must be one of {', '.join(LORA_DTYPES)}, got {self.dtype!r}")
         unknown = [target for target in self.targets if target not in LINEARS]
         if unknown or not self.targets:
             raise ValueError(f"LoRA targets must be some of {', '.join(LINEARS)}; got {unknown or 'none'}")

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import rms_norm, swiglu
+from ..kernels import rms_norm
 from .linear import STACKS, StackedLinear, share_stacks
-from .recompute import PinnedStore, recompute
+from .recompute import LiveStep, PinnedStore, recompute_step
 
 # With fewer rows a CPU BLAS sums in another order; from here on a row's result does not depend on the other rows.
 MIN_ROWS = 16
@@ -32,8 +32,9 @@ def rotary_frequencies(config):
 
 
 class DecoderLayer(nn.Module):
-    """Launches a call of up to 64 16-bit rows on CUDA, with adapters: 4 linears of 3 (a base product that splits its
-    sums: 4), 2 norms, SwiGLU, one addition, and attention's own, which rotates q and k; 2 more for a norm of these.
+    """Launches a call of 16-bit rows on CUDA, with adapters on packed codes: 4 linears of 2 (17 to 64 rows: 3), with
+    SwiGLU and the last addition in them, 2 norms, and attention's own, which rotates q and k; 2 more for a norm of
+    these.
     """
 
     def __init__(self, config, index, weights):
@@ -70,7 +71,7 @@ class DecoderLayer(nn.Module):
         out = attend(self.index, q, k, v, cos, sin)
         out = self.o_proj(out.flatten(-2))
         x, hidden_states = rms_norm(out, self.post_attention_norm, self.eps, residual=hidden_states)
-        return hidden_states + self.down_proj(swiglu(self.gate_up_proj(x)))
+        return self.down_proj(self.gate_up_proj(x, gated=True), residual=hidden_states)
 
 
 def _block(name):
@@ -113,20 +114,31 @@ class Transformer(nn.Module):
             for projection in linear.projections():
                 yield f"{name.rpartition('.')[0]}.{projection.name}", projection
 
-    def forward(self, input_ids, positions, attend):
-        """input_ids, positions (T,) int64; attend: see ``attention``. Returns normalised hidden states (T, D)."""
+    def forward(self, input_ids, positions, attend, steps=None):
+        """input_ids, positions (T,) int64; attend: see ``attention``; steps: ``LayerSteps`` to run the layers with.
+
+        Returns normalised hidden states (T, D).
+        """
         angles = positions[:, None].float() * self.inv_freq
         others = angles.cos(), angles.sin(), attend
         hidden_states = F.embedding(input_ids, self.embedding)
-        checkpointed, store = self.checkpoint_layers and torch.is_grad_enabled(), None
+        parameters = [()] * len(self.layers)
+        if torch.is_grad_enabled():
+            parameters = [layer.parameters_in_use() for layer in self.layers]
+        differentiable = any(p.requires_grad for own in parameters for p in own)
+        checkpointed, ready = differentiable and self.checkpoint_layers, None
+        if steps is not None and (checkpointed or not differentiable):
+            ready = steps.start(*others, differentiable=differentiable)
+        store = None
         if checkpointed and self.offload_checkpoints and hidden_states.is_cuda:
             self.copies = self.copies or torch.cuda.Stream(hidden_states.device)
             store = PinnedStore(self.copies)
-        for layer in self.layers:
+        for layer, own in zip(self.layers, parameters, strict=True):
+            step = LiveStep(layer, others, own) if ready is None else ready[layer.index]
             if checkpointed:
-                hidden_states = recompute(layer, hidden_states, others, layer.parameters_in_use(), store)
+                hidden_states = recompute_step(step, hidden_states, own, store)
             else:
-                hidden_states = layer(hidden_states, *others)
+                hidden_states = step.forward(hidden_states)
         return rms_norm(hidden_states, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden_states):

@@ -8,6 +8,7 @@ of ``TreeAttention``. Values and gradients equal those of separate sequences up 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass
@@ -26,6 +27,16 @@ class PackedTree:
 
     def to(self, device):
         return PackedTree(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def padded(self, tokens):
+        """The same tree in ``tokens`` tokens: those added are roots that only they themselves see."""
+        T = len(self.input_ids)
+        pad = lambda values, value: F.pad(values, (0, tokens - T), value=value)
+        key_end = pad(self.key_end, 0)
+        key_end[T:] = torch.arange(T, tokens) + 1
+        return PackedTree(
+            pad(self.input_ids, 0), pad(self.positions, 0), key_end, pad(self.parent, -1), self.node
+        )
 
 
 class _Tree:
@@ -90,8 +101,7 @@ def pack_tree(sequences, *, share_prefix=True):
 def split_by_budget(sequences, token_budget, *, share_prefix=True, unit=1):
     """Cut ``sequences`` in order into runs of at most ``token_budget`` packed tokens: a list of index lists.
 
-    ``unit`` sequences in a row stay together (2: pairs). Raises ValueError when a single unit is longer than the
-    budget.
+    ``unit`` sequences in a row stay together (2: pairs). A unit that is longer than the budget is a run of its own.
     """
     runs, tree = [[]], _Tree(share_prefix)
     for first in range(0, len(sequences), unit):
@@ -101,9 +111,6 @@ def split_by_budget(sequences, token_budget, *, share_prefix=True, unit=1):
                 attempt.add(sequences[index])
             if len(attempt.tokens) <= token_budget:
                 break
-        else:
-            name = f"sequence {first} has" if unit == 1 else f"sequences {first} to {indices[-1]} have"
-            raise ValueError(f"{name} {len(attempt.tokens)} tokens, more than the budget of {token_budget}")
         if attempt is not tree:
             runs.append([])
             tree = attempt

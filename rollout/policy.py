@@ -3,16 +3,23 @@
 import contextlib
 import functools
 import re
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 from ..kernels import QuantizedWeight, dequantize_4bit, fused_linear_logprob
 from .attention import TreeAttention
 from .checkpoint import open_checkpoint, resolve_checkpoint
+from .graphs import GraphPool
+from .host_memory import in_host_memory, laid_out_again
+from .layer_steps import LayerSteps, padded_tokens
 from .linear import LINEARS, in_kernel_order, quantized, stack_weights
 from .lora import DEFAULT_LORA, check_targets, read_adapter, write_adapter
 from .model import Transformer
 from .packing import pack_tree
+
+HEAD_WORKSPACE = 48 * 2**20  # bytes of the head's temporary memory beside what it keeps for backward
 
 
 def without_autocast(method):
@@ -36,6 +43,9 @@ class Policy:
         self.config = model.config
         self.name = name
         self.lora = lora
+        self.graph_pool = GraphPool()
+        # On a GPU launches are what a pass would wait for; ``LayerSteps(self, graphs=False)`` goes without graphs.
+        self.steps = LayerSteps(self) if self.device.type == "cuda" else None
 
     @classmethod
     def load(cls, name_or_path=None, *, quantize=None, lora=DEFAULT_LORA, device=None, dtype=None, seed=0):
@@ -49,11 +59,17 @@ class Policy:
         device = choose_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         checkpoint = open_checkpoint(resolve_checkpoint(name_or_path))
-        placed = (
-            (name, _place(name, tensor, quantize if is_linear(name) else None, device, dtype))
-            for name, tensor in checkpoint.tensors(keep_4bit=quantize is not None)
-        )
+        far = stays_in_host_memory(checkpoint.config, quantize, device)
+
+        def place(name, tensor):
+            tensor = _place(name, tensor, quantize if is_linear(name) else None, device, dtype)
+            return in_host_memory(tensor) if name == far else tensor
+
+        tensors = checkpoint.tensors(keep_4bit=quantize is not None)
+        placed = ((name, place(name, tensor)) for name, tensor in tensors)
         weights = dict(stack_weights(placed))
+        if quantize is not None and device.type == "cuda":
+            weights = laid_out_again(weights, device, but=far)
         policy = cls(Transformer(checkpoint.config, weights), checkpoint.tokenizer, name=str(checkpoint.path))
         if lora is not None:
             policy.add_adapters(lora, seed=seed)
@@ -70,9 +86,12 @@ class Policy:
     def add_adapters(self, lora, *, seed=0):
         """Attach fresh adapters in place of any others; untrained, they leave the base's output as it is."""
         check_targets(lora, self.config.architecture)
+        dtype = getattr(torch, lora.dtype)
+        if dtype not in (torch.float32, self.dtype):
+            raise ValueError(f"LoRA dtype must be float32 or the model's {self.dtype}, got {dtype}")
         generator = torch.Generator().manual_seed(seed)
         for _, linear in self.model.linears():
-            linear.add_adapters(lora.targets, lora.r, lora.alpha, generator)
+            linear.add_adapters(lora.targets, lora.r, lora.alpha, generator, dtype)
         self.lora = lora
 
     def adapters(self):
@@ -138,34 +157,49 @@ class Policy:
         if borders[0] != 0 or borders[-1] != len(flat_ids) or sorted(borders) != borders:
             raise ValueError(f"cu_seqlens must rise from 0 to {len(flat_ids)}, got {borders[:8]}")
         sequences = [flat_ids[a:b] for a, b in zip(borders, borders[1:], strict=False)]
-        tree = pack_tree(sequences, share_prefix=share_prefix).to(self.device)
-        mask = completion_mask.reshape(-1).to(self.device)
-        scored = torch.zeros(tree.input_ids.numel(), dtype=torch.bool, device=self.device)
+        tree = pack_tree(sequences, share_prefix=share_prefix)
+        mask = completion_mask.reshape(-1).cpu()
+        scored = torch.zeros(tree.input_ids.numel(), dtype=torch.bool)
         scored[tree.node[mask]] = True
         if bool((scored & (tree.parent < 0)).any()):
             raise ValueError("completion_mask marks the first token of a sequence, which nothing predicts")
-        hidden_states = self.model(tree.input_ids, tree.positions, TreeAttention(tree.key_end))
-        targets = scored.nonzero().squeeze(-1)
-        hidden_states = hidden_states[tree.parent[targets]]
+        targets, where = scored.nonzero()[:, 0], mask.nonzero()[:, 0]
+        row_of_node = torch.zeros_like(tree.parent)
+        row_of_node[targets] = torch.arange(len(targets))
+        if self.steps is not None:
+            tree = tree.padded(padded_tokens(len(tree.input_ids)))
+        input_ids, positions, key_end, predictors, target_ids, rows, where = self._on_device(
+            tree.input_ids, tree.positions, tree.key_end, tree.parent[targets], tree.input_ids[targets],
+            row_of_node[tree.node[mask]], where,
+        )  # fmt: skip
+        hidden_states = self.model(input_ids, positions, TreeAttention(key_end), self.steps)
+        hidden_states = hidden_states[predictors]
         out = fused_linear_logprob(
             hidden_states,
             self.model.head,
-            tree.input_ids[targets],
+            target_ids,
             temperature=temperature,
             return_entropy=return_entropy,
+            workspace_bytes=HEAD_WORKSPACE + 16 * len(hidden_states) + 4 * hidden_states.numel(),
         )
-        row_of_node = torch.zeros_like(tree.parent).index_copy_(
-            0, targets, torch.arange(targets.numel()).to(targets)
-        )
-        rows = row_of_node[tree.node[mask]]
 
         def scatter(values):
-            flat = values.new_zeros(mask.numel())
-            return flat.masked_scatter(mask, values[rows]).reshape(shape)
+            return values.new_zeros(len(mask)).index_copy(0, where, values[rows]).reshape(shape)
 
         extras = [scatter(out.entropy)] if return_entropy else []
         extras += [hidden_states[rows]] if return_hidden_states else []
         return (scatter(out.logprobs), *extras) if extras else scatter(out.logprobs)
+
+    def _on_device(self, *tensors):
+        """1-D int64 ``tensors`` of the CPU on the policy's device, in one copy that waits for nothing."""
+        if self.device.type == "cpu":
+            return tensors
+        even = [
+            F.pad(tensor, (0, len(tensor) % 2)) for tensor in tensors
+        ]  # kernels look at 16 bytes' alignment
+        together = torch.cat(even).pin_memory().to(self.device, non_blocking=True)
+        parts = together.split([len(tensor) for tensor in even])
+        return [part[: len(tensor)] for part, tensor in zip(parts, tensors, strict=True)]
 
     def save_adapter(self, folder):
         """Write the adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
@@ -178,6 +212,8 @@ class Policy:
         """Replace the adapters by those of a folder in PEFT's format, made by this project or by PEFT."""
         shapes = {name: projection.shape for name, projection in self.model.projections()}
         lora, tensors = read_adapter(folder, shapes, architecture=self.config.architecture)
+        if self.lora is not None:
+            lora = replace(lora, dtype=self.lora.dtype)
         self._check_adapter_tensors(tensors, lora, source=str(folder))
         if self.lora is None or (self.lora.r, set(self.lora.targets)) != (lora.r, set(lora.targets)):
             self.add_adapters(lora)
@@ -221,6 +257,15 @@ def choose_device(name=None):
             f"device {device} was asked for, and torch sees {torch.cuda.device_count()} CUDA GPUs"
         )
     return device
+
+
+def stays_in_host_memory(config, quantize, device):
+    """Name of the tensor that a GPU reads in the CPU's memory, None for none: what is only ever gathered from.
+
+    An embedding that is no head as well, where weights are quantised to save memory.
+    """
+    wanted = device.type == "cuda" and quantize is not None and not config.tie_word_embeddings
+    return "model.embed_tokens.weight" if wanted else None
 
 
 def is_linear(name):

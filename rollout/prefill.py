@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from .attention import PagedAttention
+from .kv_cache import on_device
 
 
 class PrefillState:
@@ -45,8 +46,9 @@ class PrefillState:
             )
             lens[row], last[row], cu_seqlens[row + 1] = stop, end - 1, end
         cu_seqlens[len(parts) + 1 :] = end
-        self.words.copy_(torch.from_numpy(np.concatenate([ids, positions, slots, last])))
-        self.index.copy_(torch.from_numpy(np.concatenate([table.ravel(), lens, cu_seqlens])))
+        device = self.words.device
+        self.words.copy_(on_device(np.concatenate([ids, positions, slots, last]), device))
+        self.index.copy_(on_device(np.concatenate([table.ravel(), lens, cu_seqlens]), device))
 
 
 def prefill_step(model, cache, state):

@@ -11,10 +11,11 @@ import torch
 
 from .checkpoint import expected_tensors, open_checkpoint, resolve_checkpoint
 from .config import ModelConfig
+from .host_memory import in_host_memory, laid_out_again
 from .linear import quantized, stack_weights
 from .lora import DEFAULT_LORA
 from .model import Transformer
-from .policy import Policy, choose_device, is_linear
+from .policy import Policy, choose_device, is_linear, stays_in_host_memory
 
 STD = 0.02
 
@@ -94,6 +95,7 @@ def random_policy(name, quantize=None, lora=DEFAULT_LORA, device=None, dtype=Non
     tokenizer = open_checkpoint(resolve_checkpoint()).tokenizer
     config = replace(config, bos_token_id=tokenizer.bos_token_id, eos_token_ids=tokenizer.eos_token_ids)
     generator = torch.Generator(device).manual_seed(seed)
+    far = stays_in_host_memory(config, quantize, device)
 
     def drawn():
         for tensor_name, shape in expected_tensors(config).items():
@@ -103,9 +105,11 @@ def random_policy(name, quantize=None, lora=DEFAULT_LORA, device=None, dtype=Non
             tensor = torch.empty(shape, device=device, dtype=dtype).normal_(std=STD, generator=generator)
             if quantize is not None and is_linear(tensor_name):
                 tensor = quantized(tensor, quantize, tensor_name)
-            yield tensor_name, tensor
+            yield tensor_name, in_host_memory(tensor) if tensor_name == far else tensor
 
     weights = dict(stack_weights(drawn()))
+    if quantize is not None and device.type == "cuda":
+        weights = laid_out_again(weights, device, but=far)
     policy = Policy(Transformer(config, weights), tokenizer, name=f"{name} with random weights")
     if lora is not None:
         policy.add_adapters(lora, seed=seed)

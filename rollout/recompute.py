@@ -42,31 +42,52 @@ class PinnedStore:
             return self.kept[index].to(self.stream.device, non_blocking=True)
 
 
+class LiveStep:
+    """``function(x, *others)`` and its gradients, launch by launch.
+
+    A step has ``forward(x)``, and ``backward(x, dy, needs)`` with the gradients of x and of the parameters that take
+    part, each None where ``needs`` says so.
+    """
+
+    def __init__(self, function, others, parameters):
+        self.function, self.others, self.parameters = function, others, parameters
+
+    def forward(self, x):
+        return self.function(x, *self.others)
+
+    def backward(self, x, dy, needs):
+        x = x.detach().requires_grad_(needs[0])
+        needed = [t for t, need in zip((x, *self.parameters), needs, strict=True) if need]
+        with torch.enable_grad():
+            y = self.function(x, *self.others)
+        found = iter(torch.autograd.grad(y, needed, dy))
+        return [next(found) if need else None for need in needs]
+
+
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, others, store, x, *parameters):
+    def forward(ctx, step, store, x, *parameters):
         ctx.index = None if store is None else store.keep(x)
         ctx.save_for_backward(x if store is None else None, *parameters)
-        ctx.function, ctx.others, ctx.store = function, others, store
-        return function(x, *others)
+        ctx.step, ctx.store = step, store
+        return step.forward(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, *parameters = ctx.saved_tensors
-        x = ctx.store.fetch(ctx.index) if x is None else x.detach()
-        needs = ctx.needs_input_grad[3:]
-        x.requires_grad_(needs[0])
-        needed = [t for t, need in zip((x, *parameters), needs, strict=True) if need]
-        with torch.enable_grad():
-            y = ctx.function(x, *ctx.others)
-        found = iter(torch.autograd.grad(y, needed, dy))
-        return None, None, None, *(next(found) if need else None for need in needs)
+        x = ctx.saved_tensors[0]  # read before anything is computed: it raises where a parameter has changed
+        x = ctx.store.fetch(ctx.index) if x is None else x
+        return None, None, *ctx.step.backward(x, dy, ctx.needs_input_grad[2:])
+
+
+def recompute_step(step, x, parameters, store=None):
+    """``step.forward(x)``, keeping x alone for ``step.backward``: on its device, or in ``store``, a ``PinnedStore``.
+
+    Gradients go to x and to ``parameters``, all of which must take part.
+    """
+    return _Recomputed.apply(step, store, x, *parameters)
 
 
 def recompute(function, x, others, parameters, store=None):
-    """``function(x, *others)``, keeping x alone for backward: on its device, or in ``store``, a ``PinnedStore``.
-
-    Gradients go to x and to ``parameters``, all of which must take part; ``others`` get none.
-    """
-    return _Recomputed.apply(function, others, store, x, *parameters)
+    """``function(x, *others)`` as a step: gradients go to x and ``parameters``, ``others`` get none."""
+    return recompute_step(LiveStep(function, others, parameters), x, parameters, store)

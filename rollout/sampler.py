@@ -6,11 +6,13 @@ import numpy as np
 import torch
 
 from .decoding import Decoder, mark_seen
-from .kv_cache import BlockAllocator, KVCache
+from .kv_cache import BlockAllocator, KVCache, on_device
 from .policy import without_autocast
 from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .streaming import TextStream
+
+AHEAD = 2  # steps that a GPU has to do while the host looks at what was drawn before
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Sampler:
     @torch.inference_mode(False)  # what is kept between calls must stay writable outside of it
     def __init__(
         self, policy, *, max_batch=64, kv_memory=None, kv_tokens=None, block_size=16, window=None,
-        cuda_graphs=True, prefill_tokens=2048,
+        cuda_graphs=True, prefill_tokens=None,
     ):  # fmt: skip
         """None of these changes a completion, as far as products do not depend on the number of rows.
 
@@ -46,9 +48,9 @@ class Sampler:
             kv_memory, kv_tokens: bytes for keys and values, or tokens whose keys and values fit; None: what the call
                 needs.
             block_size: tokens a KV block, a power of two of at least 16.
-            window: decode steps between two looks of the host at what was drawn; None: 16 on a GPU, 1 on the CPU.
+            window: decode steps between two looks of the host at what was drawn; None: 8 on a GPU, 1 on the CPU.
             cuda_graphs: capture steps on a GPU, and keep them for later calls.
-            prefill_tokens: most tokens of one prefill.
+            prefill_tokens: most tokens of one prefill; None: 512 on a GPU, which are captured, 2048 on the CPU.
         """
         positive = {"max_batch": max_batch, "window": window, "prefill_tokens": prefill_tokens}
         for name, value in positive.items():
@@ -63,8 +65,8 @@ class Sampler:
         self.kv_memory = kv_memory
         self.kv_tokens = kv_tokens
         self.block_size = block_size
-        self.window = window or (16 if policy.device.type == "cuda" else 1)
-        self.prefill_tokens = prefill_tokens
+        self.window = window or (8 if policy.device.type == "cuda" else 1)
+        self.prefill_tokens = prefill_tokens or (512 if policy.device.type == "cuda" else 2048)
         self.decoder = Decoder(policy, graphs=cuda_graphs)
 
     @torch.inference_mode(False)
@@ -99,27 +101,26 @@ class Sampler:
         streams = {}
         while scheduler.has_work():
             admitted = scheduler.admit()
-            advance = (
-                self._prefill(cache, scheduler, admitted, params)
-                if admitted
-                else (self._decode(cache, scheduler))
-            )
-            for sequences, drawn in advance:
+            if admitted:
+                looks = self._prefill(cache, scheduler, admitted, params)
+            else:
+                looks = self._decode(cache, scheduler, params)
+            for sequences, drawn in looks:
                 self._extend(sequences, drawn, params)
-                if on_text is not None:
-                    self._stream(sequences, params, streams, on_text)
-                for sequence in [s for s in sequences if s.finish_reason]:
+                ended = [sequence for sequence in sequences if sequence.finish_reason]
+                for sequence, completion in zip(ended, self._complete(ended, params), strict=True):
                     scheduler.finish(sequence)
-                    completion = self._complete(sequence, params)
                     results[sequence.prompt_index][sequence.group_index] = completion
+                if on_text is not None:
+                    self._stream(sequences, results, streams, params.stop, on_text)
         return results
 
-    def _stream(self, sequences, params, streams, on_text):
+    def _stream(self, sequences, results, streams, stop, on_text):
         for sequence in sequences:
-            key = sequence.prompt_index, sequence.group_index
-            stream = streams.setdefault(key, TextStream(self.policy.tokenizer.decode, params.stop))
+            key = prompt, member = sequence.prompt_index, sequence.group_index
+            stream = streams.setdefault(key, TextStream(self.policy.tokenizer.decode, stop))
             if sequence.finish_reason:
-                piece = stream.finish(self._complete(sequence, params).text)
+                piece = stream.finish(results[prompt][member].text)
             else:
                 piece = stream.grow(sequence.completion)
             if piece:
@@ -134,8 +135,8 @@ class Sampler:
         for index, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompt {index} is empty")
-            bad = next((t for t in prompt if not 0 <= t < config.vocab_size), None)
-            if bad is not None:
+            bad = min(prompt) if min(prompt) < 0 else max(prompt)
+            if not 0 <= bad < config.vocab_size:
                 raise ValueError(
                     f"prompt {index} holds token {bad}, outside the vocabulary of {config.vocab_size}"
                 )
@@ -176,6 +177,7 @@ class Sampler:
 
     def _prefill(self, cache, scheduler, admitted, params):
         """Compute the uncached tokens of ``admitted``, fork their groups and draw: yields (sequences, drawn)."""
+        launched = []
         for parts in self._parts(admitted):
             hidden_states = self.decoder.prefill(cache, parts)
             leaders, rows = [], []
@@ -186,7 +188,12 @@ class Sampler:
                     rows.append(row)
             for start in range(0, len(leaders), self.decoder.draw.most_rows):
                 some = slice(start, start + self.decoder.draw.most_rows)
-                yield self._draw_first(cache, scheduler, leaders[some], hidden_states[rows[some]], params)
+                ends = hidden_states[on_device(rows[some], self.policy.device)]
+                launched.append(self._draw_first(cache, scheduler, leaders[some], ends, params))
+        if scheduler.remaining() > 1:
+            self.decoder.prepare(cache, scheduler.running, self.window)
+        for sequences, drawn in launched:  # read after all launches: the device need not wait in between
+            yield sequences, [x[None].cpu().numpy() for x in drawn]
 
     def _parts(self, admitted):
         """Lists of (sequence, stop): what one forward computes of each, ``prefill_tokens`` in all."""
@@ -206,12 +213,13 @@ class Sampler:
 
     def _draw_first(self, cache, scheduler, leaders, hidden_states, params):
         """Fork the groups of ``leaders`` and draw a token for each member: (sequences, drawn)."""
-        sequences, rows = [], []
+        sequences, rows, copies = [], [], []
         for row, leader in enumerate(leaders):
-            members, copies = scheduler.fork(leader)
-            cache.copy_blocks(copies)
+            members, pairs = scheduler.fork(leader)
             sequences += members
             rows += [row] * len(members)
+            copies += pairs
+        cache.copy_blocks(copies)
         scheduler.start(sequences)
         device, logits, seen = self.policy.device, self.policy.model.logits(hidden_states), None
         if params.repetition_penalty != 1:
@@ -219,41 +227,72 @@ class Sampler:
             mark_seen(seen, leaders)
         members = [s.prompt_index for s in sequences], [s.group_index for s in sequences]
         counts = [len(s) - s.prompt_length for s in sequences]
-        rows, *members, counts = torch.tensor([rows, *members, counts], device=device)
+        rows, *members, counts = on_device([rows, *members, counts], device)
         tokens, logprobs, kept = self.decoder.draw(logits, rows, members, counts, seen)
-        kept = torch.ones_like(logprobs) if kept is None else kept
-        return sequences, [x[None].cpu().numpy() for x in (tokens, logprobs, kept)]
+        return sequences, (tokens, logprobs, torch.ones_like(logprobs) if kept is None else kept)
 
-    def _decode(self, cache, scheduler):
-        """Let the running sequences draw until the next look: yields (sequences, drawn)."""
-        remaining = max(s.max_length - len(s) for s in scheduler.running)
-        steps = scheduler.grow(min(self.window, remaining))
+    def _decode(self, cache, scheduler, params):
+        """Let the running sequences draw until they are to be others: yields (sequences, drawn) at each look."""
+        steps = scheduler.grow(min(self.window, scheduler.remaining()))
         sequences = list(scheduler.running)
-        yield sequences, self.decoder.decode(cache, sequences, steps, window=self.window)
+        run = self.decoder.start(cache, sequences, steps, self.window)
+        self.decoder.open(cache, run)
+        run.advance(steps)
+        while run.steps:
+            run.close()
+            steps = self._next_steps(scheduler, run, params)
+            if steps:
+                self.decoder.open(cache, run)
+                run.advance(min(steps, AHEAD))
+            drawn = run.read()
+            alive = [row for row, sequence in enumerate(sequences) if not sequence.finish_reason]
+            yield [sequences[row] for row in alive], [x[:, alive] for x in drawn]
+            if steps and self._goes_on(scheduler, run, params):
+                more = min(steps - run.steps, scheduler.remaining() - run.unread)
+                run.advance(max(0, more))
+
+    def _next_steps(self, scheduler, run, params):
+        """Steps of a window that can be launched before the last is read; 0 where the host must look first."""
+        steps = min(self.window, scheduler.remaining() - run.unread)
+        if not self.decoder.looks_ahead or steps <= 0 or not scheduler.reserve(run.unread + steps):
+            return 0
+        return steps if self._goes_on(scheduler, run, params) else 0
+
+    def _goes_on(self, scheduler, run, params):
+        """Whether ``run`` still is what the running sequences need."""
+        rows = len(scheduler.running)
+        # The device does not know of stop strings, and waiting groups take the place of rows that have ended.
+        stale = rows < len(run.sequences) and (params.stop or scheduler.has_rows(rows))
+        return not stale and self.decoder.fits(run, scheduler.running)
 
     def _extend(self, sequences, drawn, params):
         """Append what was drawn in some steps, each (steps, B), up to the end of each completion."""
         tokens, logprobs, kept = drawn
+        steps = len(tokens)
         ends = np.isin(tokens, self.decoder.draw.stop_ids)
-        until_end = np.where(ends.any(0), ends.argmax(0) + 1, len(tokens) + 1).tolist()
-        tokens, logprobs, kept = (x.T.tolist() for x in drawn)
-        for row, sequence in enumerate(sequences):
-            room = params.max_tokens - (len(sequence) - sequence.prompt_length)
-            stop = min(until_end[row], self._until_stop_string(sequence, tokens[row][:room], params))
-            count = min(stop, room, len(tokens[row]))
-            sequence.token_ids += tokens[row][:count]
-            sequence.logprobs += logprobs[row][:count]
-            sequence.kept_mass += kept[row][:count]
+        until_end = np.where(ends.any(0), ends.argmax(0) + 1, steps + 1)
+        room = np.fromiter((s.max_length - len(s) for s in sequences), dtype=np.int64, count=len(sequences))
+        columns = [x.T.tolist() for x in (drawn if params.filters else drawn[:2])]
+        if params.stop:
+            for row, sequence in enumerate(sequences):
+                found = self._until_stop_string(sequence, columns[0][row][: room[row]], params)
+                until_end[row] = min(until_end[row], found)
+        counts = np.minimum(np.minimum(until_end, room), steps).tolist()
+        for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
+            sequence.token_ids += columns[0][row][:count]
+            sequence.logprobs += columns[1][row][:count]
+            if params.filters:
+                sequence.kept_mass += columns[2][row][:count]
             sequence.num_cached = len(sequence) - 1
-            if stop == count:
-                sequence.finish_reason = "stop"
-            elif count == room:
-                sequence.finish_reason = "length"
+        for row in np.flatnonzero((until_end <= steps) | (room <= steps)).tolist():
+            sequences[row].finish_reason = "stop" if until_end[row] <= room[row] else "length"
 
     def _until_stop_string(self, sequence, tokens, params):
         """The number of ``tokens`` that completes a stop string; beyond them if none does."""
         completion = sequence.completion
-        for count in range(1, len(tokens) + 1 if params.stop else 1):
+        whole = self.policy.tokenizer.decode(completion + tokens)
+        found = any(stop in whole for stop in params.stop)
+        for count in range(1, len(tokens) + 1 if found else 1):
             text = self.policy.tokenizer.decode(completion + tokens[:count])
             if len(completion) + count >= params.min_tokens and any(stop in text for stop in params.stop):
                 return count
@@ -263,13 +302,14 @@ class Sampler:
         ends = () if params.ignore_eos else self.policy.tokenizer.eos_token_ids
         return {*ends, *params.stop_token_ids}
 
-    def _complete(self, sequence, params):
-        text = self.policy.tokenizer.decode(sequence.completion)
-        cut = min((text.index(stop) for stop in params.stop if stop in text), default=len(text))
-        return Completion(
-            token_ids=sequence.completion,
-            logprobs=sequence.logprobs,
-            finish_reason=sequence.finish_reason,
-            text=text[:cut],
-            kept_mass=sequence.kept_mass if params.filters else None,
-        )
+    def _complete(self, sequences, params):
+        """The ``Completion`` of each of ``sequences``, which have ended."""
+        completions = []
+        texts = self.policy.tokenizer.decode_batch([s.completion for s in sequences])
+        for sequence, text in zip(sequences, texts, strict=True):
+            cut = min((text.index(stop) for stop in params.stop if stop in text), default=len(text))
+            kept = sequence.kept_mass if params.filters else None
+            completions.append(
+                Completion(sequence.completion, sequence.logprobs, sequence.finish_reason, text[:cut], kept)
+            )
+        return completions

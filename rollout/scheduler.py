@@ -6,6 +6,8 @@ ones enter (continuous batching). When blocks run out the youngest group gives i
 later; its tokens are kept, and since noise is keyed by position the result does not change.
 """
 
+import itertools
+import sys
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -20,7 +22,7 @@ class Sequence:
     group_index: int
     token_ids: list[int]
     prompt_length: int
-    max_length: int | None = None  # tokens, prompt included, at which the completion ends; None: not known
+    max_length: int = sys.maxsize  # tokens, prompt included, at which the completion ends
     logprobs: list[float] = field(default_factory=list)
     kept_mass: list[float] = field(default_factory=list)
     finish_reason: str | None = None
@@ -46,17 +48,21 @@ class Scheduler:
 
     def add_group(self, prompt_index, prompt, group_size, max_tokens=None):
         """Queue a prompt for ``group_size`` completions; only its leader waits, members are forked from it."""
-        max_length = None if max_tokens is None else len(prompt) + max_tokens
+        max_length = sys.maxsize if max_tokens is None else len(prompt) + max_tokens
         leader = Sequence(prompt_index, 0, list(prompt), len(prompt), max_length, unforked=group_size - 1)
         self.waiting.append(leader)
 
     def has_work(self):
         return bool(self.waiting or self.running)
 
+    def remaining(self):
+        """Tokens that the running sequence with the most before it still may generate."""
+        return max((s.max_length - len(s.token_ids) for s in self.running), default=0)
+
     def admit(self):
         """Sequences to prefill now, in order; each has its block table, shared blocks counted as cached."""
         admitted, rows = [], len(self.running)
-        while self.waiting and rows + 1 + self.waiting[0].unforked <= self.max_batch:
+        while self.has_rows(rows):
             sequence = self.waiting[0]
             # Every member will at once want a last block of its own.
             if not self._map_blocks(sequence, spare=sequence.unforked + len(self.running) + len(admitted)):
@@ -64,6 +70,10 @@ class Scheduler:
             admitted.append(self.waiting.popleft())
             rows += 1 + sequence.unforked
         return admitted
+
+    def has_rows(self, taken):
+        """Whether a group waits and finds rows enough where ``taken`` are taken."""
+        return bool(self.waiting) and taken + 1 + self.waiting[0].unforked <= self.max_batch
 
     def _map_blocks(self, sequence, spare):
         """Give ``sequence`` blocks for all its tokens, shared where published; False, nothing taken, if short."""
@@ -80,10 +90,9 @@ class Scheduler:
             cached += self.block_size
         missing = -(-len(sequence) // self.block_size) - len(table)
         if missing + (spare if self.running else 0) > self.allocator.num_free:
-            for block in reversed(table):
-                self.allocator.release(block)
+            self.allocator.release_many(table[::-1])
             return False
-        table.extend(self.allocator.allocate() for _ in range(missing))
+        table += self.allocator.allocate_many(missing)
         sequence.block_table, sequence.num_cached = table, cached
         self._publish(sequence)
         return True
@@ -126,22 +135,41 @@ class Scheduler:
 
         Before anything is preempted ``steps`` is halved; if there is not even room for one, the youngest yield.
         """
-        while steps > 1 and sum(self._missing(s, steps) for s in self.running) > self.allocator.num_free:
-            steps //= 2
-        for sequence in list(self.running):
-            while sequence.block_table and self._missing(sequence, steps) > 0:
-                try:
-                    sequence.block_table.append(self.allocator.allocate())
-                except OutOfBlocks:
-                    self._preempt(for_group=sequence.prompt_index)
+        while not self.reserve(steps):
+            if steps > 1:
+                steps //= 2
+            else:
+                self._preempt(for_group=self._first_without_room().prompt_index)
         return steps
+
+    def reserve(self, steps):
+        """Make room for ``steps`` more tokens of every running sequence; if there is none, take nothing: False."""
+        missing = [self._missing(sequence, steps) for sequence in self.running]
+        try:
+            blocks = iter(self.allocator.allocate_many(sum(missing)))
+        except OutOfBlocks:
+            return False
+        for sequence, count in zip(self.running, missing, strict=True):
+            if count:
+                sequence.block_table += itertools.islice(blocks, count)
+        return True
+
+    def _first_without_room(self):
+        """The oldest sequence that finds no block for one more token, those before it having taken theirs."""
+        free = self.allocator.num_free
+        for sequence in self.running:
+            free -= self._missing(sequence, 1)
+            if free < 0:
+                return sequence
 
     def _missing(self, sequence, steps):
         """Blocks that ``sequence`` lacks to store its last token and ``steps`` - 1 more."""
-        stored = len(sequence) + steps - 1
-        if sequence.max_length is not None:  # the last token of a completion is never stored
-            stored = min(stored, max(len(sequence), sequence.max_length - 1))
-        return -(-stored // self.block_size) - len(sequence.block_table)
+        length = len(sequence.token_ids)
+        stored = length + steps - 1
+        if stored >= sequence.max_length:  # the last token of a completion is never stored
+            stored = max(length, sequence.max_length - 1)
+        missing = -(-stored // self.block_size) - len(sequence.block_table)
+        return missing if missing > 0 else 0
 
     def _preempt(self, for_group):
         """Take the blocks of the youngest group, or of its youngest member if it is the group that asks."""
@@ -159,8 +187,7 @@ class Scheduler:
         self._release(sequence)
 
     def _release(self, sequence):
-        for block in reversed(sequence.block_table):
-            self.allocator.release(block)
+        self.allocator.release_many(sequence.block_table[::-1])
         sequence.block_table, sequence.num_cached = [], 0
 
     def check_invariants(self):

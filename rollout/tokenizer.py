@@ -151,6 +151,10 @@ class Tokenizer:
         """Text of ``ids``; bytes that are no UTF-8 become U+FFFD, ids without a token become nothing."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
+    def decode_batch(self, batch, skip_special_tokens=True):
+        """List of the texts of lists of ids, as ``decode`` has them, made by several threads."""
+        return self._backend.decode_batch(batch, skip_special_tokens=skip_special_tokens)
+
     def chat_text(self, messages, add_generation_prompt=True, **variables):
         """Render ``messages`` (dicts with ``role`` and ``content``) by the model's chat template.
 

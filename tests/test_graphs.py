@@ -59,6 +59,28 @@ def test_graphs_live_through_optimiser_steps(captures):
     assert get(graphs, "decode", 8) is first and len(captures) == 3 and len(set(captures)) == 1
 
 
+def test_graphs_of_one_policy_share_a_pool(captures):
+    policy = tiny_policy()
+    first, second = StepGraphs(policy), StepGraphs(policy)
+    get(first, "decode", 8), get(second, "layers", 8)
+    first.clear()
+    get(first, "decode", 8)
+    assert len(captures) == 3 and len(set(captures)) == 1
+    first.clear(), second.clear()
+    get(first, "decode", 8)
+    assert len(set(captures)) == 2
+    get(StepGraphs(tiny_policy()), "decode", 8)
+    assert len(set(captures)) == 3
+
+
+def test_a_step_of_many_parts_is_captured_part_by_part(captures):
+    graphs, runs = StepGraphs(tiny_policy()), []
+    parts = [lambda i=i: runs.append(i) for i in range(4)]
+    state, replays = graphs.get(("layers", 8), lambda: ("state", parts))
+    assert state == "state" and len(replays) == len(captures) == 4
+    assert runs == [3, 0, 1, 2, 3], "the last runs to compile, then all are captured"
+
+
 def change_scaling(policy, tmp_path):
     other = tiny_policy(lora=LoraConfig(r=4, alpha=99))
     other.save_adapter(tmp_path)

@@ -5,7 +5,7 @@ import torch
 from checkpoints import small_config
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from nanogrpo.rollout.kv_cache import BlockAllocator, KVCache, OutOfBlocks
+from nanogrpo.rollout.kv_cache import COPIED_AT_ONCE, BlockAllocator, KVCache, OutOfBlocks
 
 
 class Allocation(RuleBasedStateMachine):
@@ -73,6 +73,21 @@ def test_first_publication_wins_and_dies_with_its_block():
     allocator.check_invariants([])
 
 
+def test_many_blocks_are_those_that_one_after_another_would_be():
+    one, many = BlockAllocator(5), BlockAllocator(5)
+    for count in (0, 2, 1):
+        assert many.allocate_many(count) == [one.allocate() for _ in range(count)]
+    with pytest.raises(OutOfBlocks):
+        many.allocate_many(3)
+    assert many.num_free == 2 and many.ref_counts == one.ref_counts
+    many.release_many([2, 0])
+    one.release(2)
+    one.release(0)
+    assert many.free == one.free
+    assert many.allocate_many(4) == [one.allocate() for _ in range(4)] and many.num_free == 0
+    many.check_invariants()
+
+
 def test_free_blocks_are_not_shared_or_released():
     allocator = BlockAllocator(1)
     with pytest.raises(ValueError, match="block 0 is free"):
@@ -105,6 +120,15 @@ def test_cache_tensors_and_copies():
     assert torch.equal(cache.data, before)
     cache.copy_blocks([(0, 3), (0, 4), (1, 2)])
     assert torch.equal(cache.data, before[[0, 1, 1, 0, 0]])
+
+
+def test_many_blocks_are_copied_in_parts():
+    count = COPIED_AT_ONCE + 3
+    cache = KVCache(small_config(), 2 * count, 16, device="cpu", dtype=torch.float32)
+    cache.data.copy_(torch.randn(cache.data.shape))
+    before = cache.data[:count].clone()
+    cache.copy_blocks([(i, 2 * count - 1 - i) for i in range(count)])
+    assert torch.equal(cache.data[:count], before) and torch.equal(cache.data[count:].flip(0), before)
 
 
 def test_addresses_say_where_each_layer_begins_in_caches_of_any_size():

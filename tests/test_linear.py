@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from checkpoints import small_config
 from hypothesis import given
 from hypothesis import strategies as st
-from nanogrpo.kernels import QuantizedWeight, dequantize_4bit, lora_linear, matmul_4bit, quantize_4bit
+from nanogrpo.kernels import QuantizedWeight, dequantize_4bit, lora_linear, matmul_4bit, quantize_4bit, swiglu
 from nanogrpo.rollout import LoraConfig
 from nanogrpo.rollout.linear import LINEARS, STACKS, StackedLinear, concatenate, stack_weights
 from nanogrpo.rollout.model import Transformer
@@ -186,3 +186,18 @@ def test_an_adapter_of_the_same_shape_is_loaded_in_place(tmp_path):
     assert policy.lora.alpha == 8 and all(linear.scaling == 2 for _, linear in policy.model.linears())
     for name, tensor in other.adapters().items():
         assert torch.equal(policy.adapters()[name], tensor)
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize("targets", [("gate_proj", "up_proj"), ()])
+def test_what_follows_a_stack(format, targets):
+    weights = [FORMATS[format](w) for w in draw_parts((32, 32), seed=0)]
+    linear = StackedLinear(("gate_proj", "up_proj"), (32, 32), concatenate(weights))
+    linear.add_adapters(targets, 4, 4, torch.Generator().manual_seed(0))
+    x, residual = torch.randn(5, 64), torch.randn(5, 64)
+    with torch.no_grad():
+        for b in linear.lora_b:
+            b.normal_()
+        y = linear(x)
+        assert torch.equal(linear(x, residual=residual), residual + y)
+        torch.testing.assert_close(linear(x, gated=True), swiglu(y))

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from cross_compile import assert_compiles, every_card
 from hypothesis import given
 from hypothesis import strategies as st
-from nanogrpo.kernels import dequantize_4bit, lora_linear, lora_linear_stacked, matmul_4bit, quantize_4bit
+from nanogrpo.kernels import (
+    dequantize_4bit,
+    lora_linear,
+    lora_linear_stacked,
+    matmul_4bit,
+    quantize_4bit,
+    swiglu,
+)
 from numerics import EPS, assert_no_worse_than
 
 module = importlib.import_module("nanogrpo.kernels.lora_linear")  # the package exports its function
@@ -82,6 +89,19 @@ def problems(draw):
 @given(problems(), st.sampled_from([0.25, 1, 2.5]))
 def test_values_and_gradients_match_reference(tensors, scaling):
     assert_correct(tensors, scaling)
+
+
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_gradients_without_the_value(format, device):
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    *tensors, dy = problem((70,), 64, 48, 4, dtype, adapter=torch.float32, format=format, device=device)
+
+    def function(x, weight, a, b, scaling, bias):
+        return lora_linear_stacked(x, weight, [a], [b], scaling, bias, value=False)
+
+    expected, found = gradients(lora_linear, *tensors, dy, 0.7), gradients(function, *tensors, dy, 0.7)
+    assert found[0].shape == expected[0].shape and not found[0].any() and expected[0].any()
+    assert all(torch.equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True))
 
 
 @pytest.mark.parametrize("rows", [3, 40])
@@ -292,6 +312,44 @@ def test_non_contiguous_inputs(device):
     torch.testing.assert_close(of_sum, of_ones, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [(3,), (2, 9), (70,), (0,)])
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_what_follows_is_the_separate_operation(rows, format, device):
+    """With a graph to build and without; gradients reach the residual and pass through the gate."""
+    dtype = torch.float16
+    x, weight, a, b, bias, dy = problem(rows, 128, 48, 8, dtype, format=format, device=device)
+    args = x, weight, [a, a.clone()], list(b.split([20, 28])), 0.7, bias
+    separate = lora_linear_stacked(*args)
+    with torch.no_grad():
+        added, gated = lora_linear_stacked(*args, residual=dy), lora_linear_stacked(*args, gated=True)
+        plain = lora_linear_stacked(*args)
+    assert torch.equal(plain, separate)
+    assert torch.equal(added, dy + separate)
+    torch.testing.assert_close(gated, swiglu(separate), rtol=EPS[dtype], atol=2.0**-20)
+    leaves = x.clone().requires_grad_(), dy.clone().requires_grad_()
+    y = lora_linear_stacked(leaves[0], *args[1:], residual=leaves[1])
+    grads = torch.autograd.grad(y.sum() + lora_linear_stacked(leaves[0], *args[1:], gated=True).sum(), leaves)
+    leaf = x.clone().requires_grad_()
+    h = lora_linear_stacked(leaf, *args[1:])
+    (expected,) = torch.autograd.grad(h.sum() + swiglu(h).sum(), leaf)
+    torch.testing.assert_close(grads[0], expected, rtol=4 * EPS[dtype], atol=8 * EPS[dtype])
+    assert torch.equal(grads[1], torch.ones_like(dy))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"residual": torch.zeros(2, 7)}, r"residual is .* expected \(2, 8\)"),
+        ({"residual": torch.zeros(2, 8).half()}, "residual is torch.float16"),
+        ({"residual": torch.zeros(2, 8), "gated": True}, "expected 2F and none"),
+    ],
+)
+def test_wrong_ends_raise(options, message):
+    parts = {"lora_a": [torch.zeros(4, 64)], "lora_b": [torch.zeros(8, 4)]}
+    with pytest.raises(ValueError, match=message):
+        lora_linear_stacked(**(GOOD | parts), **options)
+
+
 GOOD = {
     "x": torch.zeros(2, 64),
     "weight": torch.zeros(8, 64),
@@ -364,7 +422,9 @@ def test_operators_pass_opcheck(format, parts, device):
     operands, layout = (x, tensors, a, b, columns, 0.7), (quant_block, first_block)
     torch.library.opcheck(torch.ops.nanogrpo.lora_linear, (*operands, bias, *layout))
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(torch.ops.nanogrpo.lora_linear_bwd, (dy, *operands, *layout, *needs))
+        torch.library.opcheck(
+            torch.ops.nanogrpo.lora_linear_bwd, (dy, *operands, *layout, *needs, a.dtype, b.dtype)
+        )
 
 
 @pytest.mark.skipif(INTERPRET, reason="torch.compile does not trace the interpreter")
@@ -396,7 +456,7 @@ def test_kernels_compile_for_every_card(cc, rank, rows, dtype):
     def launch():
         module._lora_linear_triton(x, *operands, None, 0, 0)
 
-    assert_compiles(launch, cc, ["_down_kernel", "_up_kernel"])
+    assert_compiles(launch, cc, ["_down_kernel" if rows <= 16 else "_tiled_down_kernel", "_up_kernel"])
 
 
 @pytest.mark.gpu

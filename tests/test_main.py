@@ -92,7 +92,7 @@ def test_train_errors(capsys, tmp_path, arguments, message):
 @pytest.mark.parametrize(
     "setting, message",
     [
-        (["--token-budget", "1"], "more than the budget of 1"),
+        (["--token-budget", "0"], "token_budget must be at least 1, got 0"),
         (["--max-completion-length", "5000"], "exceeds the model's context"),
         (["--kv-memory", "1e-7"], "kv_memory of 107 bytes holds 0 blocks"),
         (["--lora-r", "129"], "LoRA r must be an integer from 1 to 128, got 129"),
@@ -148,6 +148,12 @@ def test_train_and_resume(tiny, capsys, tmp_path):
     assert main(["train", "--resume", out, "--steps", "5", "--resume-step", "3"]) == 0
     rows = [line.split("|")[0].strip() for line in capsys.readouterr().out.splitlines() if "|" in line]
     assert rows == ["Step", "4", "5"]
+    picture = tmp_path / "curves.png"
+    assert main(["curves", out, out, "--out", str(picture)]) == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert "has no steps to draw yet" in refused(capsys, "curves", out, "--out", str(picture))
+    assert "holds no run" in refused(capsys, "curves", str(tmp_path / "none"), "--out", str(picture))
     assert "--resume-step goes with --resume" in refused(capsys, "train", "--resume-step", "3")
 
 

@@ -250,23 +250,26 @@ def test_every_candidate_of_the_sweep_compiles_for_hopper(format):
     packed = q.packed().codes
     with recorded_launches(90) as launches:
         for route, configs in sweep.CANDIDATES.items():
-            programs = 4 if route == "packed" else 3  # where they stand: they change the grid alone
-            for config in {(*config[:programs], 256, *config[programs + 1 :]) for config in configs}:
+            # the programs change the grid alone
+            plain = lambda c: c._replace(programs=256) if hasattr(c, "_replace") else (*c[:3], 256, *c[4:])
+            for config in {plain(config) for config in configs}:
                 with sweep.forced(route, config, 90):
                     rows = {
                         "vector": sweep.ROWS["vector"][::3],
                         "fused": (16, 64),
                         "packed": (config[3] * 8,),
+                        "tiled": (config[0],),
                     }
                     for M in rows[route]:
                         x = torch.empty(M, 2048, dtype=torch.bfloat16)
-                        words = packed if route == "packed" else codes
+                        words = packed if route in ("packed", "tiled") else codes
                         _matmul_triton(x, words, scales, None, quant_block, first_block)
     names = {name for name, _ in launches}
-    assert names == {"gemv_kernel", "_matmul_kernel", "packed_kernel", "sum_kernel"}
-    for _, kernel in launches:
+    assert names == {"gemv_kernel", "_matmul_kernel", "packed_kernel", "tiled_kernel", "sum_kernel"}
+    for name, kernel in launches:
         assert kernel.metadata.shared <= 1024 * SHARED_LIMIT[90]
-        assert "wgmma" not in kernel.asm["ptx"]
+        # of the tiled kernel, operands lie in shared memory: ``test_packed_matmul``
+        assert name == "tiled_kernel" or "wgmma" not in kernel.asm["ptx"]
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")

@@ -1,6 +1,7 @@
 """The packed route of matmul_4bit: float64, exact integer witnesses for every tile, independence of the batch."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from nanogrpo.kernels.lora_linear import lora_linear
 from nanogrpo.kernels.matmul_4bit import PACKED_CONFIGS, _matmul_triton, matmul_4bit
 from nanogrpo.kernels.packed_codes import GAIN, NF4_CODE
-from nanogrpo.kernels.packed_matmul import packed_matmul_4bit, plan
+from nanogrpo.kernels.packed_matmul import Config, packed_products, plan, sum_partials
 from nanogrpo.kernels.quantization import dequantize_4bit_ref, kernel_format, quantize_4bit
+from nanogrpo.kernels.tiled_matmul import tile_plan
 from numerics import EPS, assert_no_worse_than
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -87,7 +89,7 @@ def test_witnesses_are_exact(device, format, double_quant, M, N, K):
         pytest.skip("reaches the kernel on CUDA or under the interpreter")
     for dtype in DTYPES:
         q, weight = witness(N, K, format, double_quant, dtype, seed=M)
-        if M > 64 or (format == "int4" and M > 32):
+        if M > 64:
             pytest.skip("dense")
         x = torch.randint(-8, 9, (M, K), generator=torch.Generator().manual_seed(M))
         bias = torch.randint(-99, 100, (N,), generator=torch.Generator().manual_seed(N))
@@ -141,12 +143,16 @@ def test_operator_and_gradient(device, format, double_quant):
 @pytest.mark.parametrize("N, tiles", [(1, 1), (96, 9), (8960, 12), (1536, 70), (4096, 112), (151936, 12)])
 def test_the_plan_covers_k_once(N, tiles):
     for config in {c for table in PACKED_CONFIGS.values() for by in table.values() for c in by.values()}:
-        over_n, warps, rows, _, programs, _ = config
-        across, steps, split = plan(N, tiles, over_n, warps, rows, programs)
-        per_program = steps * (1 if over_n else warps)
+        if isinstance(config, Config):
+            across, steps, split = plan(N, tiles, config)
+            per_program = steps * (1 if config.over_n else config.warps)
+            rows, most = 16 * config.rows * (config.warps if config.over_n else 1), config.programs
+        else:
+            across, per_program, split = tile_plan(N, tiles, config)
+            rows, most = config.block_n, config.programs * (1 if across <= config.programs else 3)
         assert (split - 1) * per_program < tiles <= split * per_program
-        assert across * 16 * rows * (warps if over_n else 1) >= N
-        assert split == 1 or split * across <= programs
+        assert across * rows >= N
+        assert split == 1 or split * across <= most
 
 
 @pytest.mark.skipif(not INTERPRET, reason="reaches the kernel only under the interpreter")
@@ -157,10 +163,12 @@ def test_every_way_to_divide_the_work(over_n, warps, rows):
     x = torch.randint(-8, 9, (11, 1152), generator=torch.Generator().manual_seed(0)).half()
     truth = (x.double() @ weight.T).half()
     for programs, columns in ((1, 1), (99, 2)):
-        config = (over_n, warps, rows, columns, programs, False)
-        y = packed_matmul_4bit(
+        config = Config(over_n, warps, rows, columns, programs, False)
+        y = packed_products(
             x, codes, scales, None, first_block, kernel_format(scales), config, assembly=False
         )
+        if y.ndim == 3:
+            y = sum_partials(y, None, x.dtype, False)
         assert torch.equal(y, truth)
 
 
@@ -173,6 +181,8 @@ def test_compiles(cc):
         ("int4", False, 16, torch.float16),
         ("int4", False, 32, torch.bfloat16),
     ]
+    if cc >= 90:
+        cases += [("nf4", True, 64, torch.float16), ("int4", False, 64, torch.bfloat16)]
 
     def launch():
         for format, double_quant, M, dtype in cases:
@@ -180,7 +190,20 @@ def test_compiles(cc):
             x, bias = torch.randn(M, 2048).to(dtype), torch.randn(64).to(dtype)
             _matmul_triton(x, codes, scales, bias, quant_block, first_block)
 
-    assert_compiles(launch, cc, {"packed_kernel", "sum_kernel"})
+    assert_compiles(launch, cc, {"packed_kernel", "sum_kernel"} | ({"tiled_kernel"} if cc >= 90 else set()))
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+def test_no_warp_group_product_takes_registers(format):
+    """ptxas before CUDA 13.3 miscompiles those; a descriptor of shared memory is one 64-bit register."""
+    codes, scales, quant_block, first_block = made(64, 2048, format).packed().operands()
+    with recorded_launches(90) as launches:
+        _matmul_triton(torch.randn(64, 2048).bfloat16(), codes, scales, None, quant_block, first_block)
+    (kernel,) = (kernel for name, kernel in launches if name == "tiled_kernel")
+    products = [line for line in kernel.asm["ptx"].split("\n") if "wgmma.mma_async" in line]
+    assert products
+    assert all(re.search(r"\}, %rd\d+, %rd\d+,", line) for line in products)
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")

@@ -1,6 +1,5 @@
 """Packed trees against their definition: distinct prefixes in preorder."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,32 +63,26 @@ def packed_size(sequences, share_prefix):
     return pack_tree(sequences, share_prefix=share_prefix).input_ids.numel()
 
 
-@given(SEQUENCES, st.integers(8, 20), st.booleans())
+@given(SEQUENCES, st.integers(1, 20), st.booleans())
 def test_split_by_budget(sequences, budget, share_prefix):
     runs = split_by_budget(sequences, budget, share_prefix=share_prefix)
     assert [index for run in runs for index in run] == list(range(len(sequences)))
     assert all(run for run in runs)
     for run in runs:
-        assert packed_size([sequences[i] for i in run], share_prefix) <= budget
+        assert len(run) == 1 or packed_size([sequences[i] for i in run], share_prefix) <= budget
     for run, after in zip(runs, runs[1:], strict=False):  # no run could have taken one more
         assert packed_size([sequences[i] for i in [*run, after[0]]], share_prefix) > budget
 
 
-def test_split_refuses_a_sequence_over_the_budget():
-    with pytest.raises(ValueError, match="sequence 1 has 3 tokens, more than the budget of 2"):
-        split_by_budget([[1], [1, 2, 3]], 2)
+def test_a_sequence_over_the_budget_stands_alone():
+    assert split_by_budget([[1], [1, 2, 3], [1, 2, 3], [2]], 2) == [[0], [1], [2], [3]]
 
 
-@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), max_size=8), st.integers(12, 30))
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), max_size=8), st.integers(3, 30))
 def test_pairs_stay_together(sequences, budget):
     sequences = sequences[: len(sequences) // 2 * 2]
     runs = split_by_budget(sequences, budget, unit=2)
     assert [i for run in runs for i in run] == list(range(len(sequences)))
     assert all(run[0] % 2 == 0 and len(run) % 2 == 0 for run in runs)
     for run in runs:
-        assert packed_size([sequences[i] for i in run], True) <= budget
-
-
-def test_split_refuses_a_pair_over_the_budget():
-    with pytest.raises(ValueError, match="sequences 0 to 1 have 4 tokens, more than the budget of 3"):
-        split_by_budget([[1, 2], [3, 4]], 3, unit=2)
+        assert len(run) == 2 or packed_size([sequences[i] for i in run], True) <= budget

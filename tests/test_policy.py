@@ -106,6 +106,27 @@ def test_fresh_adapters_change_nothing_and_are_seeded():
     assert len(a) == 2 * 2 * len(LINEARS)
 
 
+def test_adapters_in_the_models_dtype_are_float32_ones_rounded():
+    ids, mask = group_batch()
+    weights = {name: tensor.bfloat16() for name, tensor in tiny_weights(small_config()).items()}
+    policies = [tiny_policy(weights=weights, lora=LoraConfig(r=4, dtype=d)) for d in ("bfloat16", "float32")]
+    half, full = (policy.adapters() for policy in policies)
+    for name, parameter in half.items():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        full[name].data.copy_(parameter)
+    (logprobs, grads), (expected, wide) = (score_and_gradients(policy, ids, mask) for policy in policies)
+    assert torch.equal(logprobs, expected)
+    for name, grad in grads.items():
+        assert grad.dtype == torch.bfloat16 and torch.equal(grad, wide[name].bfloat16()), name
+
+
+def test_adapters_of_another_half_precision_are_refused():
+    with pytest.raises(
+        ValueError, match="LoRA dtype must be float32 or the model's torch.float32, got torch.b"
+    ):
+        tiny_policy(lora=LoraConfig(r=4, dtype="bfloat16"))
+
+
 def test_disable_adapters_is_the_base_and_restores():
     policy, (ids, mask) = tiny_policy(lora=LoraConfig(r=4)), group_batch()
     expected, before = tiny_policy().score(ids, mask), policy.score(ids, mask)

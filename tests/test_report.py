@@ -22,9 +22,8 @@ def test_row_values():
 def test_curves_are_a_png(tmp_path):
     from matplotlib.image import imread
 
-    plot_curves(
-        [{**METRICS, "step": s, "reward": s / 4} for s in range(1, 5)], tmp_path / "curves.png", "larger"
-    )
+    history = [{**METRICS, "step": s, "reward": s / 4} for s in range(1, 5)]
+    plot_curves({"seed 0": history, "seed 1": history[:2]}, tmp_path / "curves.png", "larger")
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     picture = imread(tmp_path / "curves.png")
     assert picture.shape[:2] == (720, 1080)

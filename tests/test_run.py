@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import slow_rewards
@@ -164,6 +165,7 @@ def test_table(finished):
     assert len({len(row) for row in [lines[start], *rows]}) == 1
     assert any(line.startswith("held-out accuracy before:") for line in lines[:start])
     assert any(line.startswith("held-out accuracy after:") for line in lines[start:])
+    assert any(line.startswith("held-out format after:") for line in lines[start:])
 
 
 def test_a_folder_with_another_run_is_refused(finished):
@@ -228,6 +230,29 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     assert timeless(killed.history()) == timeless(straight.history())
     for file in (straight.folder / "batches").iterdir():
         assert (killed.folder / "batches" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.gpu
+def test_a_run_killed_on_the_gpu_resumes_bit_for_bit(tmp_path):
+    flags = "--random-weights tiny-qwen2 --quantize nf4 --steps 12 --max-completion-length 40 --task larger"
+    command = [sys.executable, "-m", "nanogrpo.grpo", "train"]
+    start = lambda *words: subprocess.Popen([*command, *words], env=environment(), stdout=subprocess.DEVNULL)
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert start(*flags.split(), "--out", str(straight)).wait(timeout=240) == 0
+    running = start(*flags.split(), "--out", str(killed))
+    metrics, deadline = killed / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.2))
+    running.kill()
+    assert running.wait() == -signal.SIGKILL
+    assert start("--resume", str(killed)).wait(timeout=240) == 0
+    timeless_of = lambda run: timeless(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+    without_memory = lambda history: [{k: v for k, v in m.items() if "memory" not in k} for m in history]
+    assert without_memory(timeless_of(killed)) == without_memory(timeless_of(straight))
+    adapters_of = lambda run: load_file(run / "adapter" / "adapter_model.safetensors")
+    expected, got = adapters_of(straight), adapters_of(killed)
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(finished, tmp_path):
@@ -311,9 +336,9 @@ def test_three_skipped_steps_end_the_run_with_their_rollouts(tmp_path):
 def test_a_smaller_token_budget_is_said(tmp_path):
     screen = Screen()
     run = create(tmp_path / "run", screen, steps=2)
-    run.trainer.objective.token_budget = 2048
+    run.trainer.objective.token_budget = 512
     run.train()
-    assert screen.lines.count("out of memory: going on with a token budget of 2048") == 1
+    assert screen.lines.count("out of memory: going on with a token budget of 512") == 1
 
 
 def test_a_damaged_checkpoint_is_named(finished):

@@ -1,5 +1,8 @@
 """Rollouts of a tiny model: log-probs equal those of scoring, and nothing but the key of the noise matters."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from checkpoints import small_config
@@ -374,6 +377,36 @@ def test_gpu_graphs_change_nothing(options):
     assert len(sampler.decoder.graphs.captured) == graphs, "a second call captured again"
 
 
+def test_the_cache_is_given_back_when_the_call_returns(policy, monkeypatch):
+    caches, make = [], KVCache.__init__
+    monkeypatch.setattr(
+        KVCache, "__init__", lambda self, *a, **k: (caches.append(weakref.ref(self)), make(self, *a, **k))[1]
+    )
+    sampler = Sampler(policy, window=4)
+    gc.collect()
+    gc.disable()  # no cycle may hold it
+    try:
+        for looks_ahead in (False, True):
+            sampler.decoder.looks_ahead = looks_ahead
+            sampler.generate(PROMPTS, PARAMS, group_size=4)
+            assert caches and not any(cache() for cache in caches)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_gpu_looking_ahead_changes_nothing(cuda_graphs):
+    # No row ends early, so all compute the same shapes; block tables outgrow their first width of 16.
+    policy, params = gpu_policy(), SamplingParams(max_tokens=250, ignore_eos=True, repetition_penalty=1.1)
+    results = []
+    for ahead in (False, True):
+        sampler = Sampler(policy, window=7, cuda_graphs=cuda_graphs)
+        sampler.decoder.looks_ahead = ahead
+        results.append(sampler.generate(PROMPTS, params, group_size=4))
+    assert results[0] == results[1]
+
+
 @pytest.mark.gpu
 def test_gpu_graphs_live_through_other_seeds_optimiser_steps_and_a_moved_cache():
     policy = gpu_policy()
@@ -392,6 +425,35 @@ def test_gpu_graphs_live_through_other_seeds_optimiser_steps_and_a_moved_cache()
     with policy.disable_adapters():
         results = sampler.generate(PROMPTS[:1], PARAMS, group_size=8)
         assert results == Sampler(policy, cuda_graphs=False).generate(PROMPTS[:1], PARAMS, group_size=8)
+
+
+@pytest.mark.gpu
+def test_gpu_memory_given_back_and_optimiser_steps_leave_graphs_right(monkeypatch):
+    caches, make = [], KVCache.__init__
+    monkeypatch.setattr(
+        KVCache, "__init__", lambda self, *a, **k: (caches.append(weakref.ref(self)), make(self, *a, **k))[1]
+    )
+    policy = gpu_policy()
+    sampler = Sampler(policy, max_batch=8)
+    optimizer = torch.optim.AdamW(policy.adapters().values(), lr=0.05)
+    params, seen = SamplingParams(max_tokens=24, ignore_eos=True), set()
+    sampler.generate(PROMPTS[:2], params, group_size=4)
+    graphs = set(sampler.decoder.graphs.captured)
+    for blocks in (24, 60, 30):  # all hold every sequence at once
+        torch.cuda.empty_cache()
+        hog = torch.full((blocks, 2**20), torch.nan, device="cuda")  # the next cache stands elsewhere
+        sampler.kv_tokens = 16 * blocks
+        results = sampler.generate(PROMPTS[:2], params, group_size=4)
+        assert caches and not any(cache() for cache in caches), "keys and values are kept after the call"
+        assert results == Sampler(policy, cuda_graphs=False).generate(PROMPTS[:2], params, group_size=4)
+        seen.add(str(tokens(results)))
+        prompt, answer = PROMPTS[0], results[0][0].token_ids
+        ids = torch.tensor([*prompt, *answer], device="cuda")
+        policy.score(ids, torch.arange(len(ids), device="cuda") >= len(prompt)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        del hog
+    assert set(sampler.decoder.graphs.captured) == graphs and len(seen) == 3, "the adapters did not move"
 
 
 @pytest.mark.gpu

@@ -256,6 +256,30 @@ def test_a_window_shrinks_before_anything_is_preempted():
     scheduler.check_invariants()
 
 
+def test_reserving_takes_all_or_nothing():
+    scheduler = Scheduler(BlockAllocator(6), BLOCK, 2)
+    for index in range(2):
+        scheduler.add_group(index, [index] * BLOCK, 1, 3 * BLOCK)
+    scheduler.start(scheduler.admit())
+    assert scheduler.remaining() == 3 * BLOCK
+    for sequence in scheduler.running:
+        sequence.token_ids.append(9)
+    tables = lambda: [len(s.block_table) for s in scheduler.running]
+    assert scheduler.reserve(BLOCK + 1) and tables() == [3, 3] and not scheduler.allocator.num_free
+    assert scheduler.reserve(2), "what is there already is not missing"
+    assert (
+        not scheduler.reserve(2 * BLOCK + 1) and tables() == [3, 3] and scheduler.remaining() == 3 * BLOCK - 1
+    )
+    scheduler.check_invariants()
+
+
+def test_rows_for_a_waiting_group():
+    scheduler = Scheduler(BlockAllocator(9), BLOCK, 5)
+    assert not scheduler.has_rows(0)
+    scheduler.add_group(0, [1], 3)
+    assert scheduler.has_rows(2) and not scheduler.has_rows(3)
+
+
 def test_no_block_is_taken_beyond_the_end_of_a_completion():
     scheduler = Scheduler(BlockAllocator(9), BLOCK, 1)
     scheduler.add_group(0, [0] * BLOCK, 1, BLOCK + 1)

@@ -163,3 +163,13 @@ def test_a_reply_is_right_by_value_whatever_its_reasoning():
     assert example.accepts("<reasoning>\nI guess.\n</reasoning>\n<answer>\n9.90\n</answer>\n")
     for text in ("9.9", "<answer>9.11</answer>", "<answer>9.9", ""):
         assert not example.accepts(text)
+
+
+def test_the_form_of_a_reply_is_apart_from_its_number():
+    plain, decimal = TASKS["add"].example((12, 30)), TASKS["decimals"].example(("9.11", "9.9"))
+    assert plain.in_format("Answer: 7\n") and not plain.in_format("Answer: x") and not plain.in_format("42")
+    right = decimal.reply
+    assert (
+        decimal.in_format(right) and decimal.in_format(right.replace("9.9", "1")) and decimal.accepts(right)
+    )
+    assert not decimal.in_format(right + "<answer>") and not decimal.in_format("9.9")

@@ -131,6 +131,9 @@ def test_decode_any_ids(tokenizer, hf, ids):
     for skip in (True, False):
         text = tokenizer.decode(ids, skip_special_tokens=skip)
         assert text == hf.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        assert tokenizer.decode_batch([ids, [], ids[:3]], skip) == [
+            text, "", tokenizer.decode(ids[:3], skip_special_tokens=skip)
+        ]  # fmt: skip
 
 
 def test_special_ids(tokenizer):

@@ -14,6 +14,7 @@ from nanogrpo.grpo import (
 from nanogrpo.grpo.algorithms import ALGORITHMS
 from nanogrpo.grpo.objectives import best_and_worst, value_loss
 from nanogrpo.grpo.rewards import RewardError
+from nanogrpo.rollout.layer_steps import LayerSteps
 from tiny_run import FIELDS, adapters, odd, tiny_trainer, wake
 
 ADDED = {"ppo": {"value_error"}, "online_dpo": {"pairs"}}
@@ -634,6 +635,21 @@ def test_out_of_memory_halves_the_token_budget_and_changes_nothing():
     assert metrics["loss"] == expected["loss"]
 
 
+def test_out_of_memory_gives_back_what_larger_micro_batches_worked_in():
+    trainer, cleared = tiny_trainer(token_budget=420, share_prefix=False), []
+    trainer.policy.steps = LayerSteps(trainer.policy, graphs=False)
+    trainer.policy.steps.clear = lambda: cleared.append(trainer.token_budget)
+    original = trainer.objective.micro_loss
+
+    def memory_for_two_rows(micro, **kwargs):
+        if micro.input_ids.numel() > 210:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(micro, **kwargs)
+
+    trainer.objective.micro_loss = memory_for_two_rows
+    assert trainer.step()["token_budget"] == 210 and cleared == [210]
+
+
 def test_out_of_memory_on_one_sequence_is_raised():
     def no_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -665,9 +681,13 @@ def test_a_reward_of_nan_names_itself_and_the_completion():
         tiny_trainer([odd, broken]).step()
 
 
-def test_a_sequence_longer_than_the_budget_is_an_error():
-    with pytest.raises(ValueError, match="more than the budget of 20"):
-        tiny_trainer(token_budget=20).step()
+def test_a_budget_below_the_longest_sequence_trains_one_at_a_time():
+    alone, generous = (tiny_trainer(token_budget=n, share_prefix=False) for n in (20, 10**6))
+    sizes, original = [], alone.objective.micro_loss
+    alone.objective.micro_loss = lambda micro, **how: sizes.append(len(micro)) or original(micro, **how)
+    metrics, expected = alone.step(), generous.step()
+    assert set(sizes) == {1} and metrics["token_budget"] == 20
+    assert metrics["loss"] == pytest.approx(expected["loss"], abs=1e-6)
 
 
 def test_vram_limit_needs_a_gpu():

@@ -25,6 +25,9 @@ class LetterTokenizer:
     def decode(self, ids):
         return "".join(chr(97 + i % 26) for i in ids if i not in self.eos_token_ids)
 
+    def decode_batch(self, batch):
+        return [self.decode(ids) for ids in batch]
+
 
 def tiny_weights(config, seed=0):
     """Float32 weights of an ordinary scale: matrices 1.5 / sqrt(columns), norms about 1, biases about 0.5."""

@@ -45,6 +45,9 @@ class CharTokenizer:
     def decode(self, ids):
         return "".join(chr(i + 31) for i in ids if i)
 
+    def decode_batch(self, batch):
+        return [self.decode(ids) for ids in batch]
+
     def apply_chat_template(self, messages):
         return self.encode("~".join(message["content"] for message in messages) + "~")
 

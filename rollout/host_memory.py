@@ -1,0 +1,41 @@
+"""The CPU's memory in the service of a GPU: tensors that it reads where they lie, and weights laid out without gaps.
+
+A kernel that gathers some rows of an embedding fetches those over PCIe, T D b bytes for T tokens; none of the table's
+V D b bytes are on the card.
+"""
+
+import torch
+
+
+class _Mapped:
+    """Pinned memory as CUDA's array interface describes it; torch keeps this object, and so the memory, alive."""
+
+    def __init__(self, pinned):
+        self.pinned = pinned
+        self.__cuda_array_interface__ = {
+            "data": (pinned.data_ptr(), False),
+            "shape": (pinned.nbytes,),
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+
+def in_host_memory(tensor):
+    """A copy of a CUDA tensor in pinned CPU memory, as a tensor of the same device, shape and dtype."""
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    mapped = torch.as_tensor(_Mapped(pinned.flatten().view(torch.uint8)), device=tensor.device)
+    return mapped.view(tensor.dtype).view(tensor.shape)
+
+
+def laid_out_again(weights, device, *, but=None):
+    """The dict ``weights``, emptied and filled tensor by tensor in fresh memory of ``device``; ``but`` stays.
+
+    Quantising leaves gaps between weights, of the size of what was quantised, that nothing later fits into.
+    """
+    moved = [name for name in weights if name != but]
+    for name in moved:
+        weights[name] = weights[name].to("cpu")
+    torch.cuda.empty_cache()
+    for name in moved:
+        weights[name] = weights[name].to(device)
+    return weights
