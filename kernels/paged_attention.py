@@ -10,7 +10,7 @@ a cached prefix, and decode.
 
 Decode is ``paged_decode``, whose file says how it splits a context. ``append_attention`` is decode that brings the
 queries, keys and values of the last tokens as the projections made them: it rotates queries and keys, stores keys
-and values, and attends, in one launch or two.
+and values, and attends, in two launches.
 Prefill walks the pages of a sequence once per (query block, head); it needs no workspace.
 
 Scores, softmax and sums are float32 (float64 for float64 inputs, on the CPU only); probabilities are rounded

@@ -244,7 +244,7 @@ def test_sharing_the_reading_of_blocks_changes_no_bit(groups, heads, dtype, seed
     q, _ = queries([1] * len(contexts), heads[0] * heads[1], 16, dtype=dtype, seed=seed)
     expected = assert_correct(q, *copies, apart, lens)
     for family, programs in ((1, 1), (8, 10**6), (2, 8)):
-        with mock.patch.multiple(decode, FAMILY=family, PROGRAMS=programs):
+        with mock.patch.multiple(decode, FAMILY=family, FAMILY_FROM=0, PROGRAMS=programs):
             assert torch.equal(paged_attention(q, *caches, table, lens), expected)
 
 
@@ -473,6 +473,28 @@ def test_gpu_rows_depend_on_nothing_else(dtype, heads, kv_heads, dim):
         assert torch.equal(
             paged_attention(q[i : i + 1], k_cache, v_cache, narrow, lens[i : i + 1])[0], together[i]
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads, kv_heads, dim", [(12, 2, 128), (9, 3, 64), (8, 4, 256), (32, 2, 128)])
+def test_gpu_sharing_the_reading_of_blocks_changes_no_bit(heads, kv_heads, dim):
+    """Groups of 8, 1, 3 and 20 with 40 blocks in common, whose members end inside and behind them."""
+    generator, sizes = torch.Generator().manual_seed(0), (8, 1, 3, 20)
+    contexts = torch.randint(300, 900, (sum(sizes),), generator=generator).tolist()
+    *caches, table, lens = paged(contexts, kv_heads, dim, dtype=torch.bfloat16, device="cuda")
+    begin = 0
+    for members in sizes:
+        longest = max(range(begin, begin + members), key=lambda i: contexts[i])
+        for i in range(begin, begin + members):
+            count = min(40, (contexts[i] - 1) // 16)
+            table[i, :count] = table[longest, :count]
+        begin += members
+    q = queries([1] * len(contexts), heads, dim, dtype=torch.bfloat16, device="cuda")[0]
+    with mock.patch.object(decode, "FAMILY", 1):
+        expected = assert_correct(q, *caches, table, lens)
+    for programs in (1, 10**6):
+        with mock.patch.multiple(decode, FAMILY_FROM=0, PROGRAMS=programs):
+            assert torch.equal(paged_attention(q, *caches, table, lens), expected)
 
 
 @pytest.mark.gpu
