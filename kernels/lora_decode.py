@@ -27,7 +27,7 @@ from . import _runtime
 from .code_words import aligned
 from .dependent_launch import prefetch
 from .matmul_4bit import _matmul_triton, packed_config, products
-from .packed_matmul import Config, Update, packed_products, weight_operand, x_operand
+from .packed_matmul import FEW_PROGRAMS, Config, Update, packed_products, weight_operand, x_operand
 from .quantization import kernel_format
 
 MAX_ROWS = 64  # more rows than that are a library's work
@@ -256,7 +256,7 @@ def few_rows(
     with _runtime.launch_on(x):
         update = Update(ranks(x, lora_a, pdl), lora_b, scaling, tuple(columns), gated, residual)
         if isinstance(config, Config) and not config.over_n:
-            warps = 4 if x.shape[1] < LONG_K else 16
+            warps = 16 if x.shape[1] >= LONG_K and len(words) <= 16 * FEW_PROGRAMS else 4
             whole = Config(False, warps, 1, config.columns, 1, pdl)
             operands = x, words, weight[1:], bias, first_block, format, whole
             return packed_products(*operands, not _runtime.INTERPRET, update=update, late=pdl)
