@@ -15,8 +15,7 @@ Up to ``MAX_ROWS`` rows of 16-bit x all is two or three launches (``lora_decode`
 More rows are library products: 5 + P launches forward, of which two round A and B and one dequantises, and 6 + 2 P
 backward. There the adapter's part of y, and of dx, is written first, and the base product adds itself to it: one
 pass over y less than the other way round. FLOPs of the adapters: 2 M r (N + K) forward, 2 M r (2 N + 3 K) backward
-for P = 1; h is made again: x, the parameters and what they are rounded to are kept, nothing of (M, N) and no dense
-copy of a 4-bit W.
+for P = 1; h is made again: x, the parameters and what they are rounded to are kept, nothing of (M, N) and no dense W.
 Memory beside the outputs, in values of x's dtype: P r K + N r for the rounded A and B, 2 M P r for h and g, and,
 while a product with a 4-bit W runs, its N K values. Few rows: see ``lora_decode``.
 
