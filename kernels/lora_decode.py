@@ -11,7 +11,7 @@ are trained): an optimiser step needs no copy, and a captured graph stays valid.
 
 Bytes beside the base's: A once for each 32 rows, B once for each 16 or 32, S M R float32 partial sums of h written,
 and read by every program that updates; y again where ``add_update`` runs. FLOPs: 2 M (K R + N r). Memory: the partial
-sums, S <= 12 (more rows than 16: K / 1536, rounded up), and with ``add_update`` the base's y or partial sums.
+sums, S <= 12 (more rows than 16: 6), and with ``add_update`` the base's y or partial sums.
 
 Precision: A and B are rounded to x's dtype, sums are float32 in a fixed order, h is rounded to x's dtype once; bias
 and update are added in float32, to the base's float32 sums or to its rounded y. What follows y starts from the
@@ -27,15 +27,15 @@ from . import _runtime
 from .code_words import aligned
 from .dependent_launch import prefetch
 from .matmul_4bit import _matmul_triton, packed_config, products
-from .packed_matmul import Config, Update, packed_products, weight_operand, x_operand
+from .packed_matmul import FEW_PROGRAMS, Config, Update, packed_products, weight_operand, x_operand
 from .quantization import kernel_format
 
 MAX_ROWS = 64  # more rows than that are a library's work
 FEW_ROWS = 16  # for so many, operands of the products go straight to registers
 # num_warps of ``ranks``, the elements of K that a warp takes in turn, and the most parts of K.
 DOWN = (4, 64, 12)
-# For more rows: BLOCK_K, num_warps, num_stages, and the blocks of K that a program takes at least.
-TILED_DOWN = (128, 4, 3, 12)
+# For more rows: BLOCK_K, num_warps, num_stages, the blocks of K that a program takes at least, and the most parts.
+TILED_DOWN = (128, 4, 3, 4, 6)
 WIDE_N = 4096  # from so many outputs on, the second of two BLOCK_N of the update
 # BLOCK_N and num_warps of the update by BLOCK_M. Rows are the dot's left operand in tiles of 16 or 32: below 64,
 # Hopper uses mma.sync instead of WGMMA, whose register operands ptxas before CUDA 13.3 miscompiles.
@@ -204,9 +204,9 @@ def ranks(x, a, pdl):
         turns = triton.cdiv(K, chunk * warps)
         steps = triton.cdiv(turns, most)
     else:
-        block_k, warps, stages, least = TILED_DOWN
+        block_k, warps, stages, least, most = TILED_DOWN
         turns = triton.cdiv(K, block_k)
-        steps = triton.cdiv(turns, triton.cdiv(turns, least))
+        steps = max(triton.cdiv(turns, most), min(least, turns))
     partial = torch.empty(triton.cdiv(turns, steps), M, R, dtype=torch.float32, device=x.device)
     across = triton.cdiv(R, 16)
     if M <= FEW_ROWS:
@@ -256,7 +256,7 @@ def few_rows(
     with _runtime.launch_on(x):
         update = Update(ranks(x, lora_a, pdl), lora_b, scaling, tuple(columns), gated, residual)
         if isinstance(config, Config) and not config.over_n:
-            warps = 4 if x.shape[1] < LONG_K else 16
+            warps = 16 if x.shape[1] >= LONG_K and len(words) <= 16 * FEW_PROGRAMS else 4
             whole = Config(False, warps, 1, config.columns, 1, pdl)
             operands = x, words, weight[1:], bias, first_block, format, whole
             return packed_products(*operands, not _runtime.INTERPRET, update=update, late=pdl)

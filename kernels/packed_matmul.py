@@ -356,6 +356,9 @@ def packed_products(
     depth = 1
     if columns == rows == 1 and across <= FEW_PROGRAMS and steps >= 3:
         depth = 2 if format == "int4" else 3
+    # A multiprocessor has 2048 registers for each of a program's lanes; three gated programs are to be resident.
+    registers = min(160 if update.gated else 256, 2048 // warps)
+    registers = registers if registers < 256 else None
     out = x.new_empty(M, N // 2 if update.gated else N)
     if split > 1:
         out = x.new_empty(split, M, N, dtype=torch.float32)
@@ -364,7 +367,7 @@ def packed_products(
         update.scaling, update.columns, M, N, R, r, K // TILE, steps, first_block,
         FORMAT=format, PARTIAL=split > 1, ASSEMBLY=assembly, PDL=pdl, LATE=late, OVER_N=over_n, WARPS=warps,
         ROWS=rows, COLUMNS=columns, DEPTH=depth, SPLITS=splits, RANK=max(16 * warps, triton.next_power_of_2(r)),
-        GATED=update.gated, num_warps=warps, num_stages=1, launch_pdl=pdl, maxnreg=160 if update.gated else None,
+        GATED=update.gated, num_warps=warps, num_stages=1, launch_pdl=pdl, maxnreg=registers,
     )  # fmt: skip
     return out
 

@@ -1,10 +1,14 @@
 """Compile every Triton launch of a call for a card that is not there, and hold it to its shared memory."""
 
 import contextlib
+import re
+import subprocess
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -56,8 +60,27 @@ def recorded_launches(cc):
         driver._active = previous
 
 
+def registers(compiled, folder):
+    """Registers a thread of a compiled kernel, as the cubin states them."""
+    cubin = Path(folder) / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    told = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", told)[1])
+
+
+def assert_resident(launches, folder):
+    """A multiprocessor has 65,536 registers, given out by eights: one program of each launch must fit."""
+    for name, compiled in launches:
+        lanes, each = 32 * compiled.metadata.num_warps, -(-registers(compiled, folder) // 8) * 8
+        assert lanes * each <= 65536, f"{name}: {each} registers for each of {lanes} threads"
+
+
 def assert_compiles(launcher, cc, expected_kernels):
-    """Run ``launcher()`` on CPU tensors; each kernel named must compile for ``cc`` within its shared memory."""
+    """Run ``launcher()`` on CPU tensors; each kernel named must compile for ``cc`` within its shared memory.
+
+    Returns the launches, (name, compiled kernel) each.
+    """
     with recorded_launches(cc) as launches:
         launcher()
     assert {name for name, _ in launches} == set(expected_kernels)
@@ -65,3 +88,4 @@ def assert_compiles(launcher, cc, expected_kernels):
         assert compiled.metadata.target.arch == cc
         used = compiled.metadata.shared / 1024
         assert used <= SHARED_LIMIT[cc], f"{name}: {used:.1f} KiB of shared memory on sm_{cc}"
+    return launches

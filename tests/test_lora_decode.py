@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from cross_compile import assert_compiles, every_card
+from cross_compile import assert_compiles, assert_resident, every_card, recorded_launches
 from hypothesis import given
 from hypothesis import strategies as st
 from nanogrpo.kernels import dequantize_4bit, quantize_4bit, swiglu
@@ -34,7 +34,8 @@ def problem(M, K, sizes, r, *, gaps=None, format="nf4", dtype=torch.float16, dev
     dense = draw(N, K, scale=K**-0.5)
     weight, layout = [dense], (0, 0)
     if format is not None:
-        q = quantize_4bit(dense.float(), format)
+        double_quant = format == "nested"
+        q = quantize_4bit(dense.float(), "nf4" if double_quant else format, double_quant=double_quant)
         dense = dequantize_4bit(q, torch.float32)
         codes, scales, *layout = (q.packed() if K % 128 == 0 else q).operands()
         weight = [codes, *scales]
@@ -105,7 +106,7 @@ def test_a_row_depends_on_no_other_row(format):
 
 @every_card
 @pytest.mark.skipif(INTERPRET, reason="compiles, so needs the compiler")
-def test_kernels_compile_for_every_card(cc):
+def test_kernels_compile_for_every_card(cc, tmp_path):
     def launch():
         cases = (
             (8, 256, 64, "nf4", torch.bfloat16),
@@ -118,7 +119,26 @@ def test_kernels_compile_for_every_card(cc):
 
     tiled = {"tiled_kernel"} if cc >= 90 else set()
     down = {"_down_kernel", "_tiled_down_kernel"}
-    assert_compiles(launch, cc, {"_up_kernel", "packed_kernel"} | down | tiled)
+    launches = assert_compiles(launch, cc, {"_up_kernel", "packed_kernel"} | down | tiled)
+    assert_resident(launches, tmp_path)
+
+
+@pytest.mark.skipif(INTERPRET, reason="compiles, so needs the compiler")
+@pytest.mark.parametrize("format", ["nf4", "nested", "int4"])
+def test_a_multiprocessor_has_the_registers_of_sixteen_warps(format, tmp_path):
+    """A kernel with too many is refused by the card alone, when it is launched."""
+
+    def launch():
+        for dtype, M, K in ((torch.bfloat16, 16, 4096), (torch.float16, 8, 6272)):
+            for gated in (False, True):
+                x, operands, _, residual = problem(M, K, (48, 16), 64, format=format, dtype=dtype)
+                few_rows(x, *operands, gated=gated, residual=None if gated else residual)
+
+    with recorded_launches(90) as launches:
+        launch()
+    wide = [launched for launched in launches if launched[0] == "packed_kernel"]
+    assert {compiled.metadata.num_warps for _, compiled in wide} == {16}
+    assert_resident(launches, tmp_path)
 
 
 @pytest.mark.gpu
