@@ -35,8 +35,7 @@ from .kv_store import place
 from .rotary import turn
 
 PROGRAMS = 528  # programs that fill a card
-FAMILY = 8  # neighbouring sequences that may share the reading of a split,
-FAMILY_FROM = 32  # where there are as many: fewer leave a card room to read it for each
+FAMILY = 8  # neighbouring sequences that may share the reading of a split
 WORKSPACE = 64 * 2**20  # bytes of workspace, unless one sequence needs more
 LOG2_E = 1.4426950408889634
 
@@ -333,7 +332,7 @@ def paged_decode(q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens,
     chunk = min(tokens, max(1, WORKSPACE // (4 * heads * max(1, splits) * (dim + 2))))
     partial = torch.empty(chunk * heads * splits * dim, dtype=torch.float32, device=q.device)
     stats = torch.empty(chunk * heads * splits * 2, dtype=torch.float32, device=q.device)
-    family, launch = FAMILY if tokens >= FAMILY_FROM else 1, dependent_launch(q)
+    launch = dependent_launch(q)
     for start in range(0, tokens, chunk):
         part = slice(start, min(start + chunk, tokens))
         some = [x if x is None or chunk == tokens else x[part] for x in (q, k, v, cos, sin, table, lens, out)]
@@ -344,7 +343,7 @@ def paged_decode(q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens,
                 some_q, *angles, *shared, scale * LOG2_E, len(some_lens), splits, table.stride(0),
                 k_cache.stride(0), v_cache.stride(0), angle_stride, *q_strides, *k_cache.stride()[1:3],
                 *v_cache.stride()[1:3], GROUP=group, D=dim, PAGE=page, PAGE_BITS=page.bit_length() - 1, WARPS=warps,
-                KEYS=keys, FAMILY=family, ROWS=max(16, triton.next_power_of_2(group)),
+                KEYS=keys, FAMILY=FAMILY, ROWS=max(16, triton.next_power_of_2(group)),
                 SEAT=max(8, triton.next_power_of_2(group)), CHUNKS=triton.next_power_of_2(triton.cdiv(dim, 64)),
                 LANES_FIRST=LANES_FIRST, num_warps=warps, num_stages=1, **launch,
             )  # fmt: skip

@@ -181,7 +181,9 @@ def training_peak(model, sequences, *, checkpoint_layers):
 @pytest.mark.parametrize("checkpoint_layers", [True, False])
 @pytest.mark.parametrize("tokens", [256, 768])
 def test_activations_are_bounded(checkpoint_layers, tokens, monkeypatch):
-    module = importlib.import_module("nanogrpo.kernels.lora_linear")  # the package has a function of that name
+    module = importlib.import_module(
+        "nanogrpo.kernels.lora_linear"
+    )  # the package has a function of that name
     monkeypatch.setattr(module, "swiglu", Gated.apply)
     monkeypatch.setattr(memory, "attention_bytes", lambda *sizes: 0)  # nothing of it is in ``Attended``
     generator = torch.Generator().manual_seed(1)

@@ -244,7 +244,7 @@ def test_sharing_the_reading_of_blocks_changes_no_bit(groups, heads, dtype, seed
     q, _ = queries([1] * len(contexts), heads[0] * heads[1], 16, dtype=dtype, seed=seed)
     expected = assert_correct(q, *copies, apart, lens)
     for family, programs in ((1, 1), (8, 10**6), (2, 8)):
-        with mock.patch.multiple(decode, FAMILY=family, FAMILY_FROM=0, PROGRAMS=programs):
+        with mock.patch.multiple(decode, FAMILY=family, PROGRAMS=programs):
             assert torch.equal(paged_attention(q, *caches, table, lens), expected)
 
 
@@ -493,7 +493,7 @@ def test_gpu_sharing_the_reading_of_blocks_changes_no_bit(heads, kv_heads, dim):
     with mock.patch.object(decode, "FAMILY", 1):
         expected = assert_correct(q, *caches, table, lens)
     for programs in (1, 10**6):
-        with mock.patch.multiple(decode, FAMILY_FROM=0, PROGRAMS=programs):
+        with mock.patch.object(decode, "PROGRAMS", programs):
             assert torch.equal(paged_attention(q, *caches, table, lens), expected)
 
 
