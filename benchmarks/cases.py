@@ -223,7 +223,8 @@ def step(device):
     if device == "cpu":
         return [Rollout("tiny-qwen2", "nf4", 8, {"group": 4, "completion": 8, "limit": 0})]
     return [
-        Rollout("Qwen2.5-1.5B", "nf4", 64, {"group": 8, "completion": C, "limit": 0}) for C in (200, 1024)
+        Rollout("Qwen2.5-1.5B", "nf4", 64, {"group": 8, "completion": C, "limit": limit})
+        for C, limit in ((200, 3584), (1024, 4096))
     ]
 
 

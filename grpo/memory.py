@@ -26,9 +26,8 @@ from dataclasses import dataclass
 import torch
 
 GIB = 2**30
-CONTEXT = (
-    850 * 2**20
-)  # CUDA 13 on an H200: 527 MiB, then 94 of torch's kernels, 66 of cuBLAS, 160 of ours and graphs
+# CUDA 13 on an H200: 527 MiB, then 94 of torch's kernels, 66 of cuBLAS, 160 of ours and graphs
+CONTEXT = 850 * 2**20
 PREFILL = 2048  # tokens of a prefill at most
 ATTENTION_WORKSPACE = 64 * 2**20
 WORKSPACES = 2 * 32 * 2**20  # cuBLAS' own on an H200, one for captured work and one for what is not

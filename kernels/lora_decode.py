@@ -40,9 +40,8 @@ WIDE_N = 4096  # from so many outputs on, the second of two BLOCK_N of the updat
 # BLOCK_N and num_warps of the update by BLOCK_M. Rows are the dot's left operand in tiles of 16 or 32: below 64,
 # Hopper uses mma.sync instead of WGMMA, whose register operands ptxas before CUDA 13.3 miscompiles.
 UP = {16: (16, 16, 2), 32: (64, 128, 4)}
-LONG_K = (
-    4096  # from so many values of K on, 16 warps instead of 4 share a row of W in a product that is not split
-)
+# From so many values of K on, 16 warps instead of 4 share a row of W in a product that is not split.
+LONG_K = 4096
 
 
 @triton.jit

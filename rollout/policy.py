@@ -194,9 +194,8 @@ class Policy:
         """1-D int64 ``tensors`` of the CPU on the policy's device, in one copy that waits for nothing."""
         if self.device.type == "cpu":
             return tensors
-        even = [
-            F.pad(tensor, (0, len(tensor) % 2)) for tensor in tensors
-        ]  # kernels look at 16 bytes' alignment
+        # Kernels look at an alignment of 16 bytes.
+        even = [F.pad(tensor, (0, len(tensor) % 2)) for tensor in tensors]
         together = torch.cat(even).pin_memory().to(self.device, non_blocking=True)
         parts = together.split([len(tensor) for tensor in even])
         return [part[: len(tensor)] for part, tensor in zip(parts, tensors, strict=True)]

@@ -11,7 +11,7 @@ from nanogrpo.rollout import LoraConfig, Sampler, SamplingParams, decoding
 from nanogrpo.rollout import sampler as sampler_file
 from nanogrpo.rollout.decoding import Decoder, DecodeRun, DecodeState
 from nanogrpo.rollout.scheduler import Scheduler, Sequence
-from tiny import tiny_policy
+from tiny import KeptSteps, tiny_policy
 
 EOS = (5, 9)
 SHARED = list(range(20, 40))
@@ -62,18 +62,6 @@ class LateDevice:
         while self.done < place:
             self.queue.popleft()()
             self.done += 1
-
-
-class KeptSteps:
-    """What ``StepGraphs`` does, with the functions themselves: states are used again with what they last held."""
-
-    def __init__(self):
-        self.captured = {}
-
-    def get(self, key, make):
-        if key not in self.captured:
-            self.captured[key] = make()
-        return self.captured[key]
 
 
 def sampler_of(policy, *, ahead=True, kept=True, **options):

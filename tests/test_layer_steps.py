@@ -10,31 +10,16 @@ from nanogrpo.rollout.layer_steps import TOKENS, WORKSPACE_TOKENS, LayerSteps, p
 from nanogrpo.rollout.packing import pack_tree
 from nanogrpo.rollout.random_weights import random_policy
 from numerics import assert_no_worse_than
-from tiny import perturb_adapters, tiny_policy, tiny_weights
+from tiny import KeptSteps, perturb_adapters, tiny_policy, tiny_weights
 
 VOCAB = 96
-
-
-class Replayed:
-    """In place of ``StepGraphs``: a replay is a call, and what was captured once is used again."""
-
-    def __init__(self):
-        self.captured = {}
-
-    def get(self, key, make):
-        if key not in self.captured:
-            self.captured[key] = make()
-        return self.captured[key]
-
-    def clear(self):
-        self.captured.clear()
 
 
 def stepped(policy):
     """``policy`` with steps as a GPU runs them, in plain calls."""
     policy.model.checkpoint_layers = True
     policy.steps = LayerSteps(policy, graphs=False)
-    policy.steps.graphs = Replayed()
+    policy.steps.graphs = KeptSteps()
     return policy
 
 

@@ -57,6 +57,21 @@ def perturb_adapters(policy, seed=0):
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
 
 
+class KeptSteps:
+    """What ``StepGraphs`` does, with the functions themselves: states are used again with what they last held."""
+
+    def __init__(self):
+        self.captured = {}
+
+    def get(self, key, make):
+        if key not in self.captured:
+            self.captured[key] = make()
+        return self.captured[key]
+
+    def clear(self):
+        self.captured.clear()
+
+
 def transformers_weights(config, weights):
     """``weights`` as transformers keeps them: Phi-3's projections fused, differentiably."""
     if config.architecture != "phi3":
