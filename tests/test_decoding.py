@@ -140,6 +140,7 @@ def test_any_request_completes_as_step_by_step(policy, asked):
     for ours, theirs in zip(results, expected, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
+            # the CPU's products of other numbers of rows may sum in another order
             torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-5, rtol=1e-5)
 
 

@@ -61,6 +61,7 @@ def check(x, operands, dense, residual):
     truth = reference(x, operands, dense, torch.float64)
     plain = reference(x, operands, dense, x.dtype)
     assert y.dtype == x.dtype
+    # floor: one rounding of the result
     assert_no_worse_than(y, plain, truth, floor=EPS[x.dtype] / 2)
     added = few_rows(x, *operands, residual=residual)
     assert torch.equal(added, residual + y)

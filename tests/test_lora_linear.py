@@ -325,6 +325,7 @@ def test_what_follows_is_the_separate_operation(rows, format, device):
         plain = lora_linear_stacked(*args)
     assert torch.equal(plain, separate)
     assert torch.equal(added, dy + separate)
+    # one unit in the last place: the exponential may be contracted otherwise
     torch.testing.assert_close(gated, swiglu(separate), rtol=EPS[dtype], atol=2.0**-20)
     leaves = x.clone().requires_grad_(), dy.clone().requires_grad_()
     y = lora_linear_stacked(leaves[0], *args[1:], residual=leaves[1])
@@ -332,6 +333,7 @@ def test_what_follows_is_the_separate_operation(rows, format, device):
     leaf = x.clone().requires_grad_()
     h = lora_linear_stacked(leaf, *args[1:])
     (expected,) = torch.autograd.grad(h.sum() + swiglu(h).sum(), leaf)
+    # two gradients rounded each before they are added, against their sum propagated once
     torch.testing.assert_close(grads[0], expected, rtol=4 * EPS[dtype], atol=8 * EPS[dtype])
     assert torch.equal(grads[1], torch.ones_like(dy))
 
