@@ -155,12 +155,16 @@ def _paged_attention_triton(
 def _append_attention_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     block_table: torch.Tensor, context_lens: torch.Tensor, scale: float, addresses: torch.Tensor | None,
-    cos: torch.Tensor | None, sin: torch.Tensor | None,
+    cos: torch.Tensor | None, sin: torch.Tensor | None, settled: bool,
 ) -> torch.Tensor:  # fmt: skip
-    return paged_decode(q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, scale, addresses)
+    return paged_decode(
+        q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, scale, addresses, settled
+    )
 
 
-def _append_attention_torch(q, k, v, k_cache, v_cache, block_table, context_lens, scale, addresses, cos, sin):
+def _append_attention_torch(
+    q, k, v, k_cache, v_cache, block_table, context_lens, scale, addresses, cos, sin, settled
+):
     if cos is not None:
         q, k = rotary_ref(q, k, cos, sin)
     return append_attention_cpu(q, k, v, k_cache, v_cache, block_table, context_lens, scale, addresses)
@@ -199,8 +203,8 @@ def _check(q, k_cache, v_cache, block_table, context_lens, addresses, one_query)
 
 
 def append_attention(
-    q, k, v, k_cache, v_cache, block_table, context_lens, *, scale=None, addresses=None, rotation=None
-):
+    q, k, v, k_cache, v_cache, block_table, context_lens, *, scale=None, addresses=None, rotation=None, settled=False
+):  # fmt: skip
     """Store the key and value of one new token a sequence, and let its query attend to the whole context.
 
     The same, bit for bit, as ``rotary`` (where there is a rotation), ``store_kv`` into the last slot of each context
@@ -212,6 +216,9 @@ def append_attention(
             the new token, and a context of 0 stores nothing. Last slots must differ. The caches are written.
         rotation: (cos, sin) of the tokens' angles, each (S, D / 2) float32, by which q and k are rotated first, as
             by ``rotary``; None: they are what they are.
+        settled: the caller's word that since the other inputs were written, the caches' earlier tokens among them, a
+            kernel was launched without programmatic dependence (torch launches its own so). Where kernels may start
+            early, these are then read while the kernel that makes q, k and v still ends. Changes no result.
 
     Returns:
         (S, H, D) in the dtype of q.
@@ -232,7 +239,9 @@ def append_attention(
         for name, angles in (("cos", cos), ("sin", sin)):
             check_index(name, angles, (len(q), q.shape[-1] // 2), torch.float32, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _append_attention(q, k, v, k_cache, v_cache, block_table, context_lens, scale, addresses, cos, sin)
+    return _append_attention(
+        q, k, v, k_cache, v_cache, block_table, context_lens, scale, addresses, cos, sin, settled
+    )
 
 
 def paged_attention(

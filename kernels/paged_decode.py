@@ -30,12 +30,12 @@ import triton
 import triton.language as tl
 
 from . import _runtime
-from .dependent_launch import dependent_launch, wait_for_inputs
+from .dependent_launch import dependent_launch
 from .kv_store import place
 from .rotary import turn
 
 PROGRAMS = 528  # programs that fill a card
-FAMILY = 8  # neighbouring sequences that may share the reading of a split
+FAMILY = 2  # neighbouring sequences that may share the reading of a split
 WORKSPACE = 64 * 2**20  # bytes of workspace, unless one sequence needs more
 LOG2_E = 1.4426950408889634
 
@@ -45,6 +45,13 @@ CONFIGS = ((128, (4, 32)), (256, (4, 32)), (512, (2, 16)), (1024, (2, 16)))
 
 # Whether the compiler deals a tile's dimensions out to lanes, warps and registers from the first on.
 LANES_FIRST = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
+
+
+@triton.jit
+def _wait_and_release():
+    """Wait for the kernel before; then let the next one's programs start, which may read what was complete by now."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -99,30 +106,43 @@ def _last_part(
 
 
 @triton.jit
-def _family(
-    table, context_lens, sequence, sequences, split, table_row,
-    PAGE: tl.constexpr, SPLIT: tl.constexpr, FAMILY: tl.constexpr,
+def _tables(
+    table, sequence, sequences, split, width, table_row,
+    PAGE_BITS: tl.constexpr, WARPS: tl.constexpr, KEYS: tl.constexpr, FAMILY: tl.constexpr,
 ):  # fmt: skip
+    """Blocks of a split's keys, 8 keys each (WARPS, KEYS // 8), and of its family, a page each: (FAMILY, pages) of
+    the members and of the sequence before each. What stands beyond a context may be anything.
+    """
+    PAGE: tl.constexpr = 1 << PAGE_BITS
+    SPLIT: tl.constexpr = WARPS * KEYS
+    PAGES: tl.constexpr = SPLIT // PAGE if SPLIT > PAGE else 1
+    at = split * (SPLIT // 8) + tl.arange(0, WARPS)[:, None] * (KEYS // 8) + tl.arange(0, KEYS // 8)[None, :]
+    at = at >> (PAGE_BITS - 3)
+    blocks = tl.load(table + sequence * table_row + at, mask=at < width, other=0)
+    own, earlier = blocks, blocks
+    if FAMILY > 1:
+        base = sequence // FAMILY * FAMILY
+        i = (base + tl.arange(0, FAMILY))[:, None]
+        at = (split * SPLIT // PAGE + tl.arange(0, PAGES))[None, :]
+        there = (i < sequences) & (at < width)
+        own = tl.load(table + i * table_row + at, mask=there, other=0)
+        earlier = tl.load(table + tl.maximum(i - 1, base) * table_row + at, mask=there, other=0)
+    return blocks, own, earlier
+
+
+@triton.jit
+def _family(own, earlier, lens, lens_earlier, sequence, split, SPLIT: tl.constexpr, FAMILY: tl.constexpr):
     """How many sequences from this one on have this split, full, in the same blocks; 0: an earlier one speaks for it.
 
-    None across a multiple of FAMILY.
+    None across a multiple of FAMILY, whose sequences have ``lens``; each has ``lens_earlier`` before it.
     """
-    PAGES: tl.constexpr = SPLIT // PAGE if SPLIT > PAGE else 1
-    base = sequence // FAMILY * FAMILY
-    member, page = tl.arange(0, FAMILY), tl.arange(0, PAGES)
-    i = base + member
-    before = tl.maximum(i - 1, base)
-    end = (split + 1) * SPLIT
-    full = tl.load(context_lens + i, mask=i < sequences, other=0) > end
-    full &= tl.load(context_lens + before, mask=i < sequences, other=0) > end
-    at = (split * SPLIT // PAGE + page)[None, :]
-    mask = full[:, None] & (page >= 0)[None, :]
-    own = tl.load(table + i[:, None] * table_row + at, mask=mask, other=0)
-    earlier = tl.load(table + before[:, None] * table_row + at, mask=mask, other=0)
+    member, base = tl.arange(0, FAMILY), sequence // FAMILY * FAMILY
+    full = tl.minimum(lens, lens_earlier) > (split + 1) * SPLIT
     joined = full & (member > 0) & (tl.max((own != earlier).to(tl.int32), 1) == 0)
-    led = tl.max(((i == sequence) & joined).to(tl.int32), 0)
-    stop = tl.min(tl.where((i > sequence) & (joined == 0), member, FAMILY), 0)
-    return tl.where(led > 0, 0, base + stop - sequence)
+    place = sequence - base
+    led = tl.max(((member == place) & joined).to(tl.int32), 0)
+    stop = tl.min(tl.where((member > place) & (joined == 0), member, FAMILY), 0)
+    return tl.where(led > 0, 0, stop - place)
 
 
 @triton.jit
@@ -156,18 +176,19 @@ def _over_warps(x, WARPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexp
     return x.reshape(ROWS, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["sequences", "slots"])
+@triton.jit(do_not_specialize=["sequences", "slots", "width"])
 def _parts_kernel(
     q, cos, sin, k_cache, v_cache, block_table, context_lens, addresses, partial, stats, scale_log2,
-    sequences, slots, table_row, k_block, v_block, angle_token,
+    sequences, slots, width, table_row, k_block, v_block, angle_token,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
     V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     PAGE: tl.constexpr, PAGE_BITS: tl.constexpr, WARPS: tl.constexpr, KEYS: tl.constexpr, FAMILY: tl.constexpr,
-    ROWS: tl.constexpr, SEAT: tl.constexpr, CHUNKS: tl.constexpr, LANES_FIRST: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, SEAT: tl.constexpr, CHUNKS: tl.constexpr, LANES_FIRST: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, key head, p) leaves the parts of splits p, p + P, ... of P programs.
 
-    Warp w has keys w * KEYS .. w * KEYS + KEYS - 1 of a split.
+    Warp w has keys w * KEYS .. w * KEYS + KEYS - 1 of a split. EARLY: of the inputs only q awaits the kernel before.
     """
     SPLIT: tl.constexpr = WARPS * KEYS
     HALF: tl.constexpr = (D + 1) // 2
@@ -179,20 +200,33 @@ def _parts_kernel(
     t, g, i = tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, 8)
     row, c = tl.arange(0, ROWS), tl.arange(0, 32 * CHUNKS)
     head, heads = kv_head * GROUP + row % SEAT, tl.num_programs(1) * GROUP
-    wait_for_inputs(PDL)
+    if PDL and not EARLY:
+        _wait_and_release()
+    # All that leads to the first keys is asked for at once; what leads to the next, while those are multiplied.
     last = tl.load(context_lens + sequence) - 1
+    blocks, own, earlier = _tables(
+        block_table, sequence, sequences, program, width, table_row, PAGE_BITS, WARPS, KEYS, FAMILY
+    )
+    lens, lens_earlier = last, last
+    if FAMILY > 1:
+        eldest = sequence // FAMILY * FAMILY
+        members = eldest + tl.arange(0, FAMILY)
+        lens = tl.load(context_lens + members, mask=members < sequences, other=0)
+        others = tl.maximum(members - 1, eldest)
+        lens_earlier = tl.load(context_lens + others, mask=members < sequences, other=0)
     k_cache = place(k_cache, addresses, 0) + kv_head * K_HEAD
     v_cache = place(v_cache, addresses, 1) + kv_head * V_HEAD
-    table = block_table + sequence * table_row
     for split in range(program, tl.cdiv(last, SPLIT), tl.num_programs(2)):
-        members = tl.full([], 1, tl.int64)
+        count = tl.full([], 1, tl.int64)
         if FAMILY > 1:
-            members = _family(
-                block_table, context_lens, sequence, sequences, split, table_row, PAGE, SPLIT, FAMILY
-            )
-        if members > 0:
+            count = _family(own, earlier, lens, lens_earlier, sequence, split, SPLIT, FAMILY)
+        page = blocks.to(tl.int64)
+        blocks, own, earlier = _tables(
+            block_table, sequence, sequences, split + tl.num_programs(2), width, table_row, PAGE_BITS, WARPS,
+            KEYS, FAMILY,
+        )  # fmt: skip
+        if count > 0:
             base = split * SPLIT + w * KEYS + 8 * j  # (w, j): the first of 8 keys
-            page = tl.load(table + (base >> PAGE_BITS), mask=base < last, other=0).to(tl.int64)
             inner = base & (PAGE - 1)
             # Keys (t, g, w, j, chunk, i): key g of a group, column 32 chunk + 8 t + i of the low half, then the high.
             chunk = tl.arange(0, 2 * CHUNKS)[:, None]
@@ -214,9 +248,11 @@ def _parts_kernel(
             keys = key.reshape(4, 8, WARPS, KEYS // 8, 2 * CHUNKS, 2, 4).permute(2, 4, 5, 0, 6, 3, 1)
             keys = keys.reshape(WARPS, 64 * CHUNKS, KEYS)
             values = value.permute(2, 3, 0, 4, 5, 6, 1).reshape(WARPS, KEYS, 64 * CHUNKS)
-            for first in tl.range(0, members, TOGETHER, num_stages=1):
+            if PDL and EARLY:
+                _wait_and_release()
+            for first in tl.range(0, count, TOGETHER, num_stages=1):
                 member = first + row // SEAT
-                inside = (member < members) & (row < TOGETHER * SEAT) & (row % SEAT < GROUP)
+                inside = (member < count) & (row < TOGETHER * SEAT) & (row % SEAT < GROUP)
                 owner = sequence + member
                 # Queries, rotated, their columns in the keys' order.
                 q_at = q + (owner * Q_TOKEN + head * Q_HEAD)[:, None] + c[None, :]
@@ -249,6 +285,10 @@ def _parts_kernel(
                 tl.store(
                     partial + slot[:, None] * D + d[None, :], part, mask=inside[:, None] & (d < D)[None, :]
                 )
+    if (
+        PDL and EARLY and program == 0
+    ):  # one program at least waits, so that this kernel ends after the one before
+        _wait_and_release()
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -259,8 +299,13 @@ def _merge_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr,
     AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out of one (sequence, head): its parts folded in order, AHEAD of them loaded together, then the last token."""
-    wait_for_inputs(PDL)
+    """out of one (sequence, head): its parts folded in order, AHEAD of them loaded together, then the last token.
+
+    The parts' kernel has promised that all before it is complete: only its own output awaits its end. What is stored
+    here it does not read.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     kv_head = head // GROUP
     d, one = tl.arange(0, BLOCK_D), tl.zeros([1], tl.int64)
@@ -274,6 +319,8 @@ def _merge_kernel(
         scale_log2, sequence * new_k_token + kv_head * new_k_head, sequence * new_v_token + kv_head * new_v_head,
         angle_row, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D,
     )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     first = (sequence * tl.num_programs(1) + head) * slots
     parts = tl.cdiv(tl.maximum(last, 0), SPLIT)
     m, l = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
@@ -311,7 +358,9 @@ def contiguous_rows(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def paged_decode(q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, scale, addresses):
+def paged_decode(
+    q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, scale, addresses, early=False
+):
     """Decode; with ``k`` and ``v`` these are stored as the last of each context, else they stand there already."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(q) == 0:
@@ -340,12 +389,12 @@ def paged_decode(q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens,
         shared = k_cache, v_cache, some_table, some_lens, addresses, partial, stats
         with _runtime.launch_on(q):
             _parts_kernel[(len(some_lens), kv_heads, programs)](
-                some_q, *angles, *shared, scale * LOG2_E, len(some_lens), splits, table.stride(0),
+                some_q, *angles, *shared, scale * LOG2_E, len(some_lens), splits, table.shape[1], table.stride(0),
                 k_cache.stride(0), v_cache.stride(0), angle_stride, *q_strides, *k_cache.stride()[1:3],
                 *v_cache.stride()[1:3], GROUP=group, D=dim, PAGE=page, PAGE_BITS=page.bit_length() - 1, WARPS=warps,
                 KEYS=keys, FAMILY=FAMILY, ROWS=max(16, triton.next_power_of_2(group)),
                 SEAT=max(8, triton.next_power_of_2(group)), CHUNKS=triton.next_power_of_2(triton.cdiv(dim, 64)),
-                LANES_FIRST=LANES_FIRST, num_warps=warps, num_stages=1, **launch,
+                LANES_FIRST=LANES_FIRST, EARLY=early, num_warps=warps, num_stages=1, **launch,
             )  # fmt: skip
             _merge_kernel[(len(some_lens), heads)](
                 some_q, some_k, some_v, *angles, *shared, some_out, scale * LOG2_E, splits, table.stride(0),

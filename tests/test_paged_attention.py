@@ -387,7 +387,7 @@ def test_operators_pass_opcheck(device):
     new, lens = q[:2, :1], lens - 1
     torch.library.opcheck(
         torch.ops.nanogrpo.append_attention,
-        (q[:2], new, new, k_cache, v_cache, table, lens, 0.25, None, *torch.randn(2, 2, 8, device=device)),
+        (q[:2], new, new, k_cache, v_cache, table, lens, 0.25, None, *torch.randn(2, 2, 8, device=device), False),
     )
     slots = torch.tensor([1, -1], device=device)
     torch.library.opcheck(torch.ops.nanogrpo.store_kv, (q[:2, :1], q[2:4, :1], k_cache, v_cache, slots, None))
@@ -430,11 +430,11 @@ def assert_all_compile(cc, dim, dtype):
     def launch():
         module._paged_attention_triton(q[:2], *cache, None, 0.1, addresses)
         module._append_attention_triton(
-            q[:2], q[:2, :2], q[2:4, :2], *cache[:2], cache[2][:, :1], cache[3], 0.1, addresses, None, None
+            q[:2], q[:2, :2], q[2:4, :2], *cache[:2], cache[2][:, :1], cache[3], 0.1, addresses, None, None, True
         )
         angles = torch.ones(2, dim // 2)
         module._append_attention_triton(
-            q[:2], q[:2, :2], q[2:4, :2], *cache[:2], cache[2], cache[3], 0.1, addresses, angles, angles
+            q[:2], q[:2, :2], q[2:4, :2], *cache[:2], cache[2], cache[3], 0.1, addresses, angles, angles, True
         )
         module._paged_attention_triton(q, *cache, cu_seqlens, 0.1, addresses)
         _store_kv_triton(q[:2, :2], q[:2, 2:4], *cache[:2], torch.tensor([1, 2]), addresses)
