@@ -254,19 +254,19 @@ def _parts_kernel(
                 member = first + row // SEAT
                 inside = (member < count) & (row < TOGETHER * SEAT) & (row % SEAT < GROUP)
                 owner = sequence + member
-                # Queries, rotated, their columns in the keys' order.
-                q_at = q + (owner * Q_TOKEN + head * Q_HEAD)[:, None] + c[None, :]
-                q_there = inside[:, None] & (c < HALF)[None, :]
+                # Queries, rotated, their columns in the keys' order. The last dimension, of one, is summed away: this
+                # shares a rotation that every warp would else make, and keeps the loads together.
+                q_at = q + (owner * Q_TOKEN + head * Q_HEAD)[:, None, None] + c[None, :, None]
+                q_there = inside[:, None, None] & (c < HALF)[None, :, None]
                 low = tl.load(q_at, mask=q_there, other=0.0)
-                high = tl.load(q_at + HALF, mask=q_there & (HALF + c < D)[None, :], other=0.0)
+                high = tl.load(q_at + HALF, mask=q_there & (HALF + c < D)[None, :, None], other=0.0)
                 if cos is not None:
                     x, y = low.to(tl.float32), high.to(tl.float32)
-                    angle_at = (owner * angle_token)[:, None] + c[None, :]
+                    angle_at = (owner * angle_token)[:, None, None] + c[None, :, None]
                     turns = tl.load(cos + angle_at, mask=q_there, other=0.0)
                     lifts = tl.load(sin + angle_at, mask=q_there, other=0.0)
-                    # A sum of one: the compiler would else rotate in every warp what one rotation can share.
-                    low = tl.sum(turn(x, -y, turns, lifts)[:, :, None], 2).to(value.dtype)
-                    high = tl.sum(turn(y, x, turns, lifts)[:, :, None], 2).to(value.dtype)
+                    low, high = turn(x, -y, turns, lifts), turn(y, x, turns, lifts)
+                low, high = tl.sum(low, 2).to(value.dtype), tl.sum(high, 2).to(value.dtype)
                 queries = tl.join(low, high).reshape(ROWS, CHUNKS, 4, 2, 4, 2).permute(0, 5, 1, 3, 2, 4)
                 queries = queries.reshape(1, ROWS, 64 * CHUNKS).broadcast_to(WARPS, ROWS, 64 * CHUNKS)
                 scores = tl.dot(queries, keys, input_precision="ieee") * scale_log2
