@@ -57,12 +57,12 @@ def decode_step(dtype=torch.bfloat16):
         _rms_norm_triton(x, residual, weight, 1e-6)
     _rotary_triton(q, k, angles, angles, False)
     _swiglu_triton(x)
-    _store_kv_triton(k, k, *caches, slots, None)
+    _store_kv_triton(k, k, *caches, slots, None, None, None)
     for width in (1, 64):
         table = torch.zeros(3, width, dtype=torch.int32)
         for early in (False, True):
-            paged_decode(q, k, k, angles, angles, *caches, table, lens, 0.1, None, early)
-        paged_decode(q, *(None,) * 4, *caches, table, lens, 0.1, None)
+            paged_decode(q, k, k, angles, angles, *caches, None, None, table, lens, 0.1, None, early)
+        paged_decode(q, *(None,) * 4, *caches, None, None, table, lens, 0.1, None)
     logits, rows = torch.zeros(3, 5000), torch.arange(3)
     for keys, temperature in (([rows] * 4, 1.0), ([], 0.0)):
         _sample_tokens_triton(logits, rows, None, keys, temperature)
