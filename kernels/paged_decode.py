@@ -257,10 +257,15 @@ def _parts_kernel(
             keys = key.reshape(4, 8, WARPS, KEYS // 8, 2 * CHUNKS, 2, 4).permute(2, 4, 5, 0, 6, 3, 1)
             keys = keys.reshape(WARPS, 64 * CHUNKS, KEYS)
             if LEAN:
-                line = tl.arange(0, LINES)
-                at = page * v_block + inner * V_TOKEN
-                at = v_cache + (at[:, :, None] + g * V_TOKEN)[:, :, :, None] + tl.minimum(line * LINE, D - 1)
-                prefetch(tl.where((base[:, :, None] + g < last)[:, :, :, None], at, v_cache))
+                if PDL:
+                    line = tl.arange(0, LINES)
+                    at = page * v_block + inner * V_TOKEN
+                    at = (
+                        v_cache
+                        + (at[:, :, None] + g * V_TOKEN)[:, :, :, None]
+                        + tl.minimum(line * LINE, D - 1)
+                    )
+                    prefetch(tl.where((base[:, :, None] + g < last)[:, :, :, None], at, v_cache))
             else:
                 values = _load_values(
                     v_cache, page, inner, base, last, v_block, V_TOKEN, D, CHUNKS, WARPS, KEYS, LANES_FIRST
