@@ -211,7 +211,13 @@ def test_parts_grow_with_what_they_are_made_of():
     assert plan(quantize="nf4").always["weights"] < 0.55 * base.always["weights"]
     assert plan(lora_r=32).always["adapters"] == 2 * base.always["adapters"]
     assert plan(optimizer="adamw8bit").always["optimizer"] < 0.27 * base.always["optimizer"]
-    assert plan(group_size=16).rollout["KV cache"] == 2 * base.rollout["KV cache"]
+    prompts = kv_bytes(model, 128, base_prompts := 8, 2)
+    assert plan(group_size=16).rollout["KV cache"] == 2 * base.rollout["KV cache"] - prompts
+    longer = plan_memory(model, config(), 128 + 16 * 100).rollout["KV cache"]
+    assert longer - base.rollout["KV cache"] == kv_bytes(model, 16 * 100, base_prompts, 2)
+    offloaded = plan(optimizer="adamw_offload")
+    assert offloaded.always["adapters"] == base.always["adapters"] / 2 and offloaded.training["gradients"] == 0
+    assert offloaded.always["optimizer"] < 2**12 and offloaded.always["layer"] == base.always["layer"]
     assert plan(kv_memory=0.1).rollout["KV cache"] == int(0.1 * GIB)
     budget = lambda tokens: plan(token_budget=tokens, prompts_per_step=4)
     assert budget(512).training["checkpoints"] == budget(1024).training["checkpoints"] * 384 / 1024
