@@ -42,11 +42,12 @@ def backward(policy, seed=0):
     ).sum().backward()
 
 
-@pytest.mark.parametrize("token_budget", [2048, 40])
-def test_steps_are_those_of_adamw(token_budget):
+@pytest.mark.parametrize("algorithm, token_budget", [("grpo", 2048), ("grpo", 40), ("ppo", 40)])
+def test_steps_are_those_of_adamw(algorithm, token_budget):
     found = []
     for optimizer in ("adamw", "adamw_offload"):
-        trainer = tiny_trainer(optimizer=optimizer, token_budget=token_budget, num_iterations=2)
+        settings = {"algorithm": algorithm, "token_budget": token_budget, "num_iterations": 2}
+        trainer = tiny_trainer(optimizer=optimizer, **settings)
         wake(trainer)
         if trainer.masters is not None:
             for adapter, original in trainer.masters.originals.items():
