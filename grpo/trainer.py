@@ -296,4 +296,5 @@ def load_policy(config):
         policy = Policy.load(config.model, **settings)
     checkpoint = config.checkpoint_layers
     policy.model.checkpoint_layers = policy.device.type == "cuda" if checkpoint is None else checkpoint
+    policy.model.offload_checkpoints = config.offload_checkpoints
     return policy
