@@ -11,8 +11,8 @@ A = heads * head_dim, V words, T packed tokens a micro-batch, C completion token
                  ``layer_bytes``. Graphs hold it from step to step, and prompts are computed in it
     KV cache     2 L b (KV heads * head_dim) * block_size * blocks, for S sequences of full length, the whole blocks
                  of a prompt once; rollout only
-    checkpoints  L T D b, the inputs of the layers (without checkpointing every layer keeps all that one does; offloaded
-                 ``OFFLOADED_AT_ONCE`` of them)
+    checkpoints  L T D b, the inputs of the layers; offloaded ``OFFLOADED_AT_ONCE`` of them; without checkpointing
+                 every layer keeps all that one does
     logits       training: the head's workspace, and hidden states and gradients of C rows;
                  rollout: V float32 values in four copies and float64 sums for each sequence
     libraries    cuBLAS' workspaces: WORKSPACES
