@@ -49,8 +49,11 @@ def _load_chunk(a_rows, x_rows, k, x_k, element, K, CHUNK: tl.constexpr):
     """CHUNK elements of K, 16 at a time; zeros past the end."""
     loaded = ()
     for c in tl.static_range(0, CHUNK, 16):
-        weight = tl.load(a_rows + k + c, mask=k + c + element < K, other=0.0)
-        value = tl.load(x_rows + x_k + c, mask=x_k + c + element < K, other=0.0)
+        # four values a lane: what ``weight_operand`` expects of it
+        at = tl.max_contiguous(element + (k + c), (1, 4))
+        x_at = tl.max_contiguous(element + (x_k + c), (1, 4))
+        weight = tl.load(a_rows + at, mask=at < K, other=0.0)
+        value = tl.load(x_rows + x_at, mask=x_at < K, other=0.0)
         loaded = loaded + ((weight, value),)
     return loaded
 
@@ -66,9 +69,9 @@ def _down_kernel(
     split = tl.program_id(2)
     rank0, m0 = tl.program_id(0) * 16, tl.program_id(1) * (8 * COLUMNS)
     rank = tl.minimum(rank0 + index // (8 * WARPS) * 8 + index % 8, R - 1)
-    a_rows = a + rank.to(tl.int64) * K + element
+    a_rows = a + rank.to(tl.int64) * K
     m = tl.minimum(m0 + x_index // (8 * WARPS) * 8 + x_index % 8, M - 1)
-    x_rows = x + m.to(tl.int64) * K + element
+    x_rows = x + m.to(tl.int64) * K
     k, x_k = (split * steps * WARPS + warp) * CHUNK, (split * steps * WARPS + x_warp) * CHUNK
     if PDL:
         for step in range(steps):
@@ -195,9 +198,30 @@ def _up_kernel(
     tl.store(out + target, y, mask=mask)
 
 
-def ranks(x, a, pdl):
+def ranks(x, a, pdl, config=None):
     """Partial sums (S, M, R) float32 of x (M, K) @ a (R, K)^T. With ``pdl`` the next launch may read x at once."""
     (M, K), R = x.shape, len(a)
+    if config is not None and config[0] == "few":
+        _, warps, chunk, most, columns = config
+        turns = triton.cdiv(K, chunk * warps)
+        steps = triton.cdiv(turns, most)
+        partial = torch.empty(triton.cdiv(turns, steps), M, R, dtype=torch.float32, device=x.device)
+        columns = min(columns, triton.next_power_of_2(triton.cdiv(M, 8)))
+        _down_kernel[(triton.cdiv(R, 16), triton.cdiv(M, 8 * columns), len(partial))](
+            x, a, partial, M, K, R, steps, PDL=pdl, WARPS=warps, COLUMNS=columns, CHUNK=chunk, num_warps=warps,
+            num_stages=1, launch_pdl=pdl,
+        )
+        return partial
+    if config is not None:
+        _, bm, br, bk, warps, stages, most = config
+        turns = triton.cdiv(K, bk)
+        steps = triton.cdiv(turns, most)
+        partial = torch.empty(triton.cdiv(turns, steps), M, R, dtype=torch.float32, device=x.device)
+        _tiled_down_kernel[(triton.cdiv(R, br), triton.cdiv(M, bm), len(partial))](
+            x, a, partial, M, K, R, steps, PDL=pdl, BLOCK_M=bm, BLOCK_K=bk, BLOCK_R=br, num_warps=warps,
+            num_stages=stages, launch_pdl=pdl,
+        )
+        return partial
     if M <= FEW_ROWS:
         warps, chunk, most = DOWN
         turns = triton.cdiv(K, chunk * warps)
@@ -222,7 +246,7 @@ def ranks(x, a, pdl):
     return partial
 
 
-def add_update(base, bias, update, dtype, pdl):
+def add_update(base, bias, update, dtype, pdl, config=None):
     """What ``update`` makes of the base's y (M, N), or of its partial sums (S, M, N), and a bias."""
     (splits, M, R), r, N = update.h.shape, update.b.shape[1], base.shape[-1]
     width = N // 2 if update.gated else N
@@ -230,6 +254,8 @@ def add_update(base, bias, update, dtype, pdl):
     block_m = 16 if M <= 16 else 32
     *blocks, warps = UP[block_m]
     block_n = blocks[width >= WIDE_N]
+    if config is not None:
+        block_m, block_n, warps = config
     _up_kernel[(triton.cdiv(width, block_n), triton.cdiv(M, block_m))](
         base, update.h, update.b, bias, update.residual, out, update.scaling, update.columns, M, N, R, r,
         BASE=base.shape[0] if base.ndim == 3 else 1, SPLITS=splits, RANK=max(16, triton.next_power_of_2(r)),
