@@ -28,9 +28,12 @@ from .code_words import aligned
 from .dependent_launch import prefetch
 from .matmul_4bit import _matmul_triton, packed_config, products
 from .packed_matmul import FEW_PROGRAMS, Config, Update, packed_products, weight_operand, x_operand
+from .packed_codes import TILE
 from .quantization import kernel_format
+from .tiled_matmul import TileConfig, tile_plan, tiled_products
 
-MAX_ROWS = 64  # more rows than that are a library's work
+MAX_ROWS = 512  # more rows than that are a library's work
+OWN_ROWS = 64  # up to so many, the base product is ours
 FEW_ROWS = 16  # for so many, operands of the products go straight to registers
 # num_warps of ``ranks``, the elements of K that a warp takes in turn, and the most parts of K.
 DOWN = (4, 64, 12)
@@ -279,12 +282,19 @@ def few_rows(
         format = kernel_format(weight[1:])
         config = packed_config(_runtime.arch(x.device), len(x), format)
     with _runtime.launch_on(x):
-        update = Update(ranks(x, lora_a, pdl), lora_b, scaling, tuple(columns), gated, residual)
+        if len(x) <= OWN_ROWS:
+            h = ranks(x, lora_a, pdl)
+        else:
+            h = torch.mm(x, lora_a.to(x.dtype).t())[None]
+        update = Update(h, lora_b, scaling, tuple(columns), gated, residual)
         if isinstance(config, Config) and not config.over_n:
             warps = 16 if x.shape[1] >= LONG_K and len(words) <= 16 * FEW_PROGRAMS else 4
             whole = Config(False, warps, 1, config.columns, 1, pdl)
             operands = x, words, weight[1:], bias, first_block, format, whole
             return packed_products(*operands, not _runtime.INTERPRET, update=update, late=pdl)
+        if isinstance(config, TileConfig) and tile_plan(len(words), x.shape[1] // TILE, config)[2] == 1:
+            operands = x, words, weight[1:], bias, first_block, format, config
+            return tiled_products(*operands, not _runtime.INTERPRET, update=update, late=pdl)
         if config is not None:
             base = products(x, words, weight[1:], bias, first_block, config, late=pdl)
         elif quant_block:
