@@ -38,7 +38,7 @@ FEW_ROWS = 16  # for so many, operands of the products go straight to registers
 # num_warps of ``ranks``, the elements of K that a warp takes in turn, and the most parts of K.
 DOWN = (4, 64, 12)
 # For more rows: BLOCK_K, num_warps, num_stages, the blocks of K that a program takes at least, and the most parts.
-TILED_DOWN = (128, 4, 3, 4, 6)
+TILED_DOWN = (128, 4, 3, 4, 12)
 WIDE_N = 4096  # from so many outputs on, the second of two BLOCK_N of the update
 # BLOCK_N and num_warps of the update by BLOCK_M. Rows are the dot's left operand in tiles of 16 or 32: below 64,
 # Hopper uses mma.sync instead of WGMMA, whose register operands ptxas before CUDA 13.3 miscompiles.
@@ -288,7 +288,7 @@ def few_rows(
             h = torch.mm(x, lora_a.to(x.dtype).t())[None]
         update = Update(h, lora_b, scaling, tuple(columns), gated, residual)
         if isinstance(config, Config) and not config.over_n:
-            warps = 16 if x.shape[1] >= LONG_K and len(words) <= 16 * FEW_PROGRAMS else 4
+            warps = 8 if x.shape[1] >= LONG_K and len(words) <= 16 * FEW_PROGRAMS else 4
             whole = Config(False, warps, 1, config.columns, 1, pdl)
             operands = x, words, weight[1:], bias, first_block, format, whole
             return packed_products(*operands, not _runtime.INTERPRET, update=update, late=pdl)

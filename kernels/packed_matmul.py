@@ -358,9 +358,9 @@ def packed_products(
     # Tiles of K as soon as possible where programs are few; elsewhere the registers for it cost resident programs.
     depth = 1
     if columns == rows == 1 and across <= FEW_PROGRAMS and steps >= 3:
-        depth = 2 if format == "int4" else 3
+        depth = 2 if format == "int4" else 4 if warps == 8 else 3
     # A multiprocessor has 2048 registers for each of a program's lanes; three gated programs are to be resident.
-    registers = min(160 if update.gated else 256, 2048 // warps)
+    registers = min(160 if update.gated or warps == 8 else 256, 2048 // warps)
     registers = registers_ or registers
     depth = depth_ or depth
     registers = registers if registers < 256 else None

@@ -26,19 +26,30 @@ from .packed_matmul import Update, block_scale_of, half_float, per_tile_scales
 
 @triton.jit
 def _weights(
-    values, raw, minimum, scales, block, HALF: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr
-):
+    values, raw, minimum, scales, block, HALF: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
     """Half a tile's weights in four tensors of the words' shape, as ``decode_packed`` gives the codes."""
     PER_BLOCK: tl.constexpr = 2 if FORMAT == "int4" else 4
     result = ()
     for i in tl.static_range(4):
         number = HALF * (4 // PER_BLOCK) + i // PER_BLOCK
         scale = block_scale_of(scales, raw, block, True, number, FORMAT, DTYPE)[:, None]
-        value = values[i].to(tl.float32)
-        if FORMAT == "int4":
-            value = (value - 16) * scale + half_float(minimum, 16 * number)[:, None]
+        if PAIRS:
+            high = scale.to(tl.bfloat16)
+            low = (scale - high.to(tl.float32)).to(tl.bfloat16)
+            high, low = tl.broadcast_to(high, values[i].shape), tl.broadcast_to(low, values[i].shape)
+            # value * high is exact inside the addition: one rounding, as of a float32 product, two values at once
+            value = tl.inline_asm_elementwise(
+                "{ .reg .b32 t; mul.rn.bf16x2 t, $1, $3; fma.rn.bf16x2 $0, $1, $2, t; }", "=r,r,r,r",
+                [values[i], high, low], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
         else:
-            value *= scale
+            value = values[i].to(tl.float32)
+            if FORMAT == "int4":
+                value = (value - 16) * scale + half_float(minimum, 16 * number)[:, None]
+            else:
+                value *= scale
         result = result + (value.to(DTYPE),)
     return result
 
@@ -110,7 +121,7 @@ def tiled_kernel(
     x, codes, scales, bias, out, h, b, residual, scaling, columns, M, N, R, r, tiles, steps, first_block,
     FORMAT: tl.constexpr, PARTIAL: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr, LATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr,
-    GATED: tl.constexpr, WHOLE: tl.constexpr,
+    GATED: tl.constexpr, WHOLE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of x @ W.T over ``steps`` tiles of K; operands as those of ``packed_kernel``.
 
@@ -147,14 +158,14 @@ def tiled_kernel(
         if WHOLE:
             first_half = decode_packed(words, 0, DTYPE, FORMAT != "int4", ASSEMBLY)
             second_half = decode_packed(words, 1, DTYPE, FORMAT != "int4", ASSEMBLY)
-            first_half = _weights(first_half, raw, minimum, scales, block, 0, FORMAT, DTYPE)
-            second_half = _weights(second_half, raw, minimum, scales, block, 1, FORMAT, DTYPE)
+            first_half = _weights(first_half, raw, minimum, scales, block, 0, FORMAT, DTYPE, PAIRS)
+            second_half = _weights(second_half, raw, minimum, scales, block, 1, FORMAT, DTYPE, PAIRS)
             x_tile = tl.load(x_rows + tile * 128)
             acc = tl.dot(x_tile, tl.trans(_whole_in_order(first_half, second_half, BLOCK_N)), acc)
         else:
             for half in tl.static_range(2):
                 values = decode_packed(words, half, DTYPE, FORMAT != "int4", ASSEMBLY)
-                values = _weights(values, raw, minimum, scales, block, half, FORMAT, DTYPE)
+                values = _weights(values, raw, minimum, scales, block, half, FORMAT, DTYPE, PAIRS)
                 x_tile = tl.load(x_rows + tile * 128 + half * 64)
                 acc = tl.dot(x_tile, tl.trans(_in_order(values, BLOCK_N)), acc)
     if PDL and LATE:
@@ -204,7 +215,7 @@ def tile_plan(N, tiles, config):
 
 
 def tiled_products(
-    x, words, scales, bias, first_block, format, config, assembly=True, *, update=None, late=False, whole=False, registers=None
+    x, words, scales, bias, first_block, format, config, assembly=True, *, update=None, late=False, whole=True, registers=None, pairs=None
 ):
     """As ``packed_products``: y, or partial sums (SPLIT, M, N) without the bias."""
     (M, K), N, update = x.shape, len(words), update or Update()
@@ -214,6 +225,10 @@ def tiled_products(
         (splits, _, R), r = update.h.shape, update.b.shape[1]
     if update.gated:
         across = triton.cdiv(N // 2, config.block_n // 2)
+    if pairs is None:
+        pairs = assembly and x.dtype == torch.bfloat16 and format != "int4"
+    if registers is None and update.b is not None and config.warps == 4:
+        registers = 168
     out = x.new_empty(M, N // 2 if update.gated else N)
     if split > 1:
         out = x.new_empty(split, M, N, dtype=torch.float32)
@@ -222,7 +237,7 @@ def tiled_products(
         update.scaling, update.columns, M, N, R, r, K // TILE, steps, first_block,
         FORMAT=format, PARTIAL=split > 1, ASSEMBLY=assembly, PDL=config.pdl, LATE=late, BLOCK_M=config.block_m,
         BLOCK_N=config.block_n, STAGES=config.stages, SPLITS=splits, RANK=max(16, triton.next_power_of_2(r)),
-        GATED=update.gated, WHOLE=whole, num_warps=config.warps, launch_pdl=config.pdl,
+        GATED=update.gated, WHOLE=whole, PAIRS=pairs, num_warps=config.warps, launch_pdl=config.pdl,
         maxnreg=registers,
     )  # fmt: skip
     return out
