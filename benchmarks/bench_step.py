@@ -35,8 +35,8 @@ class LongPrompt:
 
     def __init__(self, tokens):
         tokenizer, words = open_checkpoint(resolve_checkpoint()).tokenizer, 1
-        while len(tokenizer.apply_chat_template(self._messages(words))) < tokens:
-            words += 1
+        while (missing := tokens - len(tokenizer.apply_chat_template(self._messages(words)))) > 0:
+            words += missing  # a token each
         self.example = Example(tuple(self._messages(words)), "1", 1, (1,))
 
     def _messages(self, words):
