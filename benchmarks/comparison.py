@@ -69,15 +69,16 @@ def in_process(file, *arguments, seconds=None):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     command = [sys.executable, file, *map(str, arguments)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)
+        done = subprocess.run(command, capture_output=True, env=environment, timeout=seconds)
     except subprocess.TimeoutExpired as expired:
-        printed, failure = (expired.stdout or b"").decode(), None
+        printed = expired.stdout or b""
     else:
-        printed, failure = done.stdout, done.returncode and (done.stderr.strip() or f"exit code {done.returncode}")
-    lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{") and line.endswith("}")]
-    if failure:
-        raise RuntimeError(failure.split("\n")[-1])
-    return lines
+        printed = done.stdout
+        if done.returncode:
+            reason = done.stderr.decode().strip() or f"exit code {done.returncode}"
+            raise RuntimeError(reason.split("\n")[-1])
+    lines = printed.decode().splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 def absent(peer, device):

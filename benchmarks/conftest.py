@@ -16,13 +16,10 @@ STORED, STARTED = pytest.StashKey[list](), pytest.StashKey[dict]()
 
 def pytest_addoption(parser):
     parser.addoption("--commit", help="commit to record where the working tree has no .git")
-    parser.addoption(
-        "--seconds", type=float, default=comparison.SECONDS, help="of rounds for each case (default: %(default)s)"
-    )
-    parser.addoption(
-        "--limit", action="append", default=[], metavar="FILE=SECONDS",
-        help="skip what is left of a file (bench_step=60) once it has taken so long",
-    )  # fmt: skip
+    seconds = f"of rounds for each case (default: {comparison.SECONDS})"
+    parser.addoption("--seconds", type=float, default=comparison.SECONDS, help=seconds)
+    limit = "skip what is left of a file (bench_step=60) once it has taken so long"
+    parser.addoption("--limit", action="append", default=[], metavar="FILE=SECONDS", help=limit)
 
 
 def pytest_configure(config):

@@ -56,7 +56,8 @@ class Race:
         self.samples = {name: [] for name in calls}
 
     def round(self):
-        marks, left = [], [name for name in self.laps if len(self.samples[name]) < self.most.get(name, math.inf)]
+        left = [name for name in self.laps if len(self.samples[name]) < self.most.get(name, math.inf)]
+        marks = []
         for name in self.order.sample(left, len(left)):
             self.flush.zero_()
             start = self._mark()
