@@ -31,17 +31,19 @@ LINEARS = {
 def ours():
     def load(problem):
         linear, q = problem.linear, problem.linear.weight
-        names, parts = list(q.tensors()), len(linear.lora_a)
+        names, sizes = list(q.tensors()), [len(b) for b in linear.lora_b]
         options = {"gated": problem.gated, "residual": problem.residual}
+        whole = torch.cat(linear.lora_a), torch.cat(linear.lora_b)  # side by side, as a layer has them
 
         def call(*tensors):
-            weight = QuantizedWeight.from_tensors(dict(zip(names, tensors, strict=False)), q.metadata)
-            a, b = tensors[len(names) : len(names) + parts], tensors[len(names) + parts :]
+            *of_weight, a, b = tensors
+            weight = QuantizedWeight.from_tensors(dict(zip(names, of_weight, strict=True)), q.metadata)
+            a, b = a.split(len(linear.lora_a[0])), b.split(sizes)
             return lora_linear_stacked(
                 problem.x, weight, a, b, linear.scaling, linear.bias, linear.starts, **options
             )
 
-        return (*q.tensors().values(), *linear.lora_a, *linear.lora_b), call
+        return (*q.tensors().values(), *whole), call
 
     return load
 

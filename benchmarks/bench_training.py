@@ -106,8 +106,8 @@ class Problem:
         return logprobs.detach(), torch.autograd.grad(logprobs, list(wide.values()), self.upstream.double())
 
 
-def facts(step, training):
-    """Device time and memory of a later call of ours, and what of its gradient changes where the prompt is shared."""
+def facts(step):
+    """Device time and memory of a later call of ours."""
     found = {}
     if DEVICE == "cuda":
         found["MiB above what stays between calls"] = measurement.peak_bytes(step, DEVICE) / 2**20
@@ -138,13 +138,16 @@ def test_training(compare, training):
             "gradient error": distance(flat(got_grads), whole, limits[1]),
         }
 
-    def differences(contenders):
+    def facts_of_ours(contenders):
+        """And what of its results changes where the prompt is shared."""
         first, *others = steps.values()
-        found = facts(first, training)
+        found = facts(first)
         if training.shared and others:
-            one, other = first(), others[0]()
-            found["max log-prob difference"] = (one[0] - other[0]).abs().max().item()
-            found["relative gradient difference"] = distance(flat(one[1]), flat(other[1]).double(), 1).value
+            one, grads = first()
+            grads = flat(grads)  # a copy: the next call may write where they lie
+            other, other_grads = others[0]()
+            found["max log-prob difference"] = (one - other).abs().max().item()
+            found["relative gradient difference"] = distance(grads, flat(other_grads).double(), 1).value
         return found
 
     config, policy = problem.policy.config, problem.policy
@@ -158,7 +161,7 @@ def test_training(compare, training):
     compare(
         case, "forward + backward, recomputed", peers=PEERS[training.shared], call=call, verify=verify,
         flops=tokens * (6 * linears + 8 * adapted) + 18 * pairs * width * config.num_hidden_layers + head,
-        nbytes=3 * linears // 2 + policy.model.head.nbytes, work=("tokens", S * L), facts=differences,
+        nbytes=3 * linears // 2 + policy.model.head.nbytes, work=("tokens", S * L), facts=facts_of_ours,
         rounds={"warmup": 1, "fewest": 5},
     )  # fmt: skip
 
