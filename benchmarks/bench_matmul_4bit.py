@@ -11,7 +11,7 @@ import measurement
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Error, Peer
+from comparison import Error, Peer, import_alone
 from nanogrpo.kernels import QuantizedWeight, dequantize_4bit, matmul_4bit, quantize_4bit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {"bfloat16": 2.0**-5, "float32": 1e-4}
 INT4_ROWS = 1, 8, 64, 256, 2048  # the other regimes' borders are NF4's
 # tinygemm reads the weight once for every few rows; GemLite's tuning takes seconds for each size.
-MOST_ROWS = {"tinygemm": 256, "torchao": 64, "GemLite": 64}
+MOST_ROWS = {"Unsloth GEMV": 1, "tinygemm": 256, "torchao": 64, "GemLite": 64}
 TUNING = Path(__file__).parent / "gemlite_tuning.json"
 
 
@@ -66,6 +66,25 @@ def bitsandbytes():
             return bitsandbytes.matmul_4bit(x, packed.t(), quant_state=moved)
 
         return (packed, state.absmax), call
+
+    return load
+
+
+def unsloth():
+    """Its product of a weight and one row, which on this kind of card it takes for one row alone."""
+    import_alone("unsloth_zoo.utils")  # Unsloth's kernels ask it for a version
+    gemv = import_alone("unsloth.kernels.nf4_gemv").gemv_nf4
+
+    def load(weight):
+        q = quantize_4bit(weight, "nf4")
+
+        def call(x, codes, absmax, code_book):
+            single = None, None, None  # its scales are not quantised themselves
+            return gemv(
+                x[None], codes.view(-1, 1), absmax.view(-1), *single, code_book, 64, 0, weight.shape, x.dtype
+            )[0]
+
+        return (q.codes, q.scale, q.code_book), call
 
     return load
 
@@ -139,14 +158,18 @@ def peers(format, rows):
         Peer("ours, codes as in files", None, ours(format, False), cuda_only=True),
         Peer("cuBLAS" if DEVICE == "cuda" else "BLAS", None, dense),
     ]
-    if format == "nf4":
-        return [*common, Peer("bitsandbytes", "bitsandbytes", bitsandbytes, cuda_only=True)]
-    theirs = [
-        Peer("tinygemm", "torch", tinygemm, cuda_only=True),
-        Peer("torchao", "torchao", torchao, cuda_only=True),
-        Peer("GemLite", "gemlite", gemlite, cuda_only=True),
-    ]
-    return common + [peer for peer in theirs if rows <= MOST_ROWS[peer.name]]
+    theirs = {
+        "nf4": [
+            Peer("bitsandbytes", "bitsandbytes", bitsandbytes, cuda_only=True),
+            Peer("Unsloth GEMV", "unsloth", unsloth, cuda_only=True),
+        ],
+        "int4": [
+            Peer("tinygemm", "torch", tinygemm, cuda_only=True),
+            Peer("torchao", "torchao", torchao, cuda_only=True),
+            Peer("GemLite", "gemlite", gemlite, cuda_only=True),
+        ],
+    }
+    return common + [peer for peer in theirs[format] if rows <= MOST_ROWS.get(peer.name, rows)]
 
 
 class Problem:

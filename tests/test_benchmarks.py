@@ -398,9 +398,9 @@ def test_rates_and_facts_stand_in_the_document(tmp_path):
     comparison.store("some_op", ENVIRONMENT, record, tmp_path)
     text = render.render(tmp_path)
     assert "tokens/s" in text and "150,000" in text
-    assert "Ours: MiB of keys 12.0." in text
+    assert "| case | MiB of keys |" in text and f"| {record['case']} | 12.0 |" in text
     assert text.index("| b | 3.00 | 75% |") < text.index("| a | 1.00 | 25% |")
-    assert "none ran" in text  # a variant of ours is no peer
+    assert "best peer's" not in text  # a variant of ours is no peer
 
 
 def test_facts_of_a_step_sum_to_the_whole():
