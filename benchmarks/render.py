@@ -22,8 +22,8 @@ held against float64 on a sample of rows before anything was timed, and the larg
 
 Compare ratios, not times, across machines.
 
-Not here: vLLM and nano-vllm, which pin a torch of their own and cannot stand in one process with these; Humming, which
-wants a CUDA toolkit; and the trainers of TRL and Unsloth, whose steps bring their own samplers and processes.
+Not here: vLLM and nano-vllm, which pin a torch of their own and cannot stand in one process with these; Humming,
+which wants a CUDA toolkit; and the trainers of TRL and Unsloth, whose steps bring their own samplers and processes.
 """
 
 
