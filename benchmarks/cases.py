@@ -168,7 +168,8 @@ def paged_attention(device):
         return [step("SmolLM2-135M", 8, 128), step("SmolLM2-135M", 8, 512, shared=256)]
     contexts = (128, 328, 1152, 4096)
     steps = [step("Qwen2.5-1.5B", S, C) for S in (8, 64, 256) for C in contexts]
-    return [*steps, step("Qwen2.5-1.5B", 64, 2304, shared=2048), step("Qwen2.5-1.5B", 64, 2304)]
+    shared = [step("Qwen2.5-1.5B", 64, 2304, shared=2048), step("Qwen2.5-1.5B", 16, 1536, shared=1024)]
+    return [*shared, *steps]
 
 
 def small_kernels(device):

@@ -313,7 +313,11 @@ PEERS_HERE = {
     "decode_linears": ["PEFT + bitsandbytes", "dense linear"],
     "decoder_layer": ["transformers + PEFT + bitsandbytes", "ours, plan included"],
     "tree_attention": ["torch SDPA with a mask", "ours, prefix repeated"],
-    "paged_attention": ["torch SDPA, contiguous keys", "ours, storing the last token"],
+    "paged_attention": [
+        "torch SDPA, contiguous keys",
+        "ours, storing the last token",
+        "ours, prefix stored for each",
+    ],
     "generate": ["transformers generate"],
     "small_kernels": ["torch", "torch.compile"],
     "policy_loss": ["torch, loss alone", "ours, with every metric"],
