@@ -127,7 +127,8 @@ def test_paged_attention(compare, case):
         error = distance(got[rows], truth, LIMITS[case.dtype])
         return {"error": error._replace(value=error.value + 0 * got.float().sum().item())}
 
+    peers = SHARED_PEERS if shared else PEERS
     compare(
-        case, "decode", peers=SHARED_PEERS if shared else PEERS, call=call, verify=verify, graph=DEVICE == "cuda", flops=4 * S * C * H * D,
+        case, "decode", peers=peers, call=call, verify=verify, graph=DEVICE == "cuda", flops=4 * S * C * H * D,
         nbytes=size * D * (2 * KVH * (shared + S * (C - shared)) + 2 * S * H),
     )  # fmt: skip
