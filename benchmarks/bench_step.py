@@ -25,7 +25,8 @@ from nanogrpo.rollout.checkpoint import open_checkpoint, resolve_checkpoint
 from nanogrpo.rollout.random_weights import find_shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPTIMIZER = "adamw_offload" if "adamw_offload" in OPTIMIZERS else "adamw8bit"
+ON_CUDA = "adamw_offload" if "adamw_offload" in OPTIMIZERS else "adamw8bit"
+OPTIMIZER = ON_CUDA if DEVICE == "cuda" else "adamw"
 SLOWEST = 100  # seconds that a case may take: then the steps done so far count
 # Sampler and trainer round differently; a log-prob that differs by more is plainly wrong.
 LIMITS = {"bfloat16": 0.5, "float32": 1e-4}
@@ -81,7 +82,7 @@ def steps_of(case):
         "random_weights": rollout.model, "quantize": rollout.quantize, "lora_r": rollout.r, "device": DEVICE,
         "steps": case.warmup + case.steps, "group_size": rollout.sizes["group"], "prompts_per_step": 1,
         "temperature": 1.0, "max_completion_length": rollout.sizes["completion"], "kl_coef": 0.04, "lr": 1e-5,
-        "optimizer": OPTIMIZER if DEVICE == "cuda" else "adamw", "vram_limit": case.limit / 1024 or None,
+        "optimizer": OPTIMIZER, "vram_limit": case.limit / 1024 or None,
         **case.settings,
     }  # fmt: skip
     used = 0
@@ -124,7 +125,7 @@ def test_step(record, step):
     times = measurement.spread([1e3 * done["seconds"] for done in steps])
     extra = max(done.get("memory_allocated", 0) for done in steps)
     record({
-        "case": case.name, "mode": "whole step", "dtype": case.dtype, "shape": shape, "flops": 0, "bytes": 0,
+        "case": case.name, "mode": f"whole step, {OPTIMIZER}", "dtype": case.dtype, "shape": shape, "flops": 0, "bytes": 0,
         "floor": None, "ours": "ours", "work": ["tokens", tokens], "facts": facts(steps, used),
         "contenders": {
             "ours": {"version": None, "errors": {"sampler - trainer log-prob": difference}, "extra": extra, **times}

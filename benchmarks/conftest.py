@@ -2,6 +2,7 @@
 
 import gc
 import math
+import sys
 import time
 
 import comparison
@@ -11,7 +12,7 @@ import render
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STORED, STARTED = pytest.StashKey[list](), pytest.StashKey[dict]()
+STORED, STARTED, IMPORTED = pytest.StashKey[list](), pytest.StashKey[dict](), pytest.StashKey[int]()
 
 
 def pytest_addoption(parser):
@@ -23,12 +24,15 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.stash[STORED], config.stash[STARTED] = [], {}
-    gc.freeze()  # each capture of a graph collects garbage: let it not walk through every library again
+    config.stash[STORED], config.stash[STARTED], config.stash[IMPORTED] = [], {}, 0
 
 
 def pytest_runtest_setup(item):
     limits = dict(limit.split("=") for limit in item.config.getoption("limit"))
+    if item.config.stash[IMPORTED] != len(sys.modules):
+        item.config.stash[IMPORTED] = len(sys.modules)
+        gc.collect()
+        gc.freeze()  # each capture of a graph collects garbage: let it not walk through every library again
     started = item.config.stash[STARTED].setdefault(item.path.stem, time.monotonic())
     if time.monotonic() - started > float(limits.get(item.path.stem, math.inf)):
         pytest.skip(f"{item.path.stem} has taken its {limits[item.path.stem]} seconds")
