@@ -126,7 +126,8 @@ def test_step(record, step):
     extra = max(done.get("memory_allocated", 0) for done in steps)
     record({
         "case": case.name, "mode": f"whole step, {OPTIMIZER}", "dtype": case.dtype, "shape": shape,
-        "flops": 0, "bytes": 0, "floor": None, "ours": "ours", "work": ["tokens", tokens], "facts": facts(steps, used),
+        "flops": 0, "bytes": 0, "floor": None, "ours": "ours", "work": ["tokens", tokens],
+        "facts": facts(steps, used),
         "contenders": {
             "ours": {"version": None, "errors": {"sampler - trainer log-prob": difference}, "extra": extra, **times}
         },
