@@ -33,8 +33,9 @@ def pytest_runtest_setup(item):
         item.config.stash[IMPORTED] = len(sys.modules)
         gc.collect()
         gc.freeze()  # each capture of a graph collects garbage: let it not walk through every library again
-    started = item.config.stash[STARTED].setdefault(item.path.stem, time.monotonic())
-    if time.monotonic() - started > float(limits.get(item.path.stem, math.inf)):
+    now = time.monotonic()
+    started = item.config.stash[STARTED].setdefault(item.path.stem, now)
+    if now - started > float(limits.get(item.path.stem, math.inf)):
         pytest.skip(f"{item.path.stem} has taken its {limits[item.path.stem]} seconds")
 
 

@@ -1,9 +1,11 @@
 """The benchmark harness: what it measures, what it refuses to time, and that BENCHMARKS.md renders its records."""
 
-import importlib
+import importlib.util
 import json
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import bench_linear_logprob as bench
 import cases
@@ -323,6 +325,21 @@ PEERS_HERE = {
     "policy_loss": ["torch, loss alone", "ours, with every metric"],
     "cold_start": ["transformers + bitsandbytes"],
 }
+
+
+def test_a_file_that_has_taken_its_time_is_left(monkeypatch):
+    spec = importlib.util.spec_from_file_location("bench_conftest", render.RESULTS.parent / "conftest.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    config = SimpleNamespace(stash={}, getoption=lambda name: ["bench_slow=10", "bench_other=1"])
+    hooks.pytest_configure(config)
+    item, times = SimpleNamespace(path=Path("bench_slow.py"), config=config), iter((100.0, 109.0, 111.0))
+    monkeypatch.setattr(hooks, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    monkeypatch.setattr(hooks.gc, "freeze", lambda: None)
+    hooks.pytest_runtest_setup(item)
+    hooks.pytest_runtest_setup(item)
+    with pytest.raises(pytest.skip.Exception, match="bench_slow has taken its 10 seconds"):
+        hooks.pytest_runtest_setup(item)
 
 
 def test_every_benchmark_has_a_tiny_run():
