@@ -22,16 +22,17 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Lap(NamedTuple):
-    """One contender's turn: ``call()`` does the work ``copies`` times."""
+    """One contender's turn: ``call()`` does the work ``copies`` times; a graph does not keep alive what it reads."""
 
     call: Callable
     copies: int
+    reads: object = None
 
 
 def lap_of(copies, *, graph=False):
     """The ``Lap`` over callables without arguments, one for each copy of the inputs; ``graph``: as one CUDA graph."""
     call = lambda: [copy() for copy in copies]
-    return Lap(captured(call) if graph else call, len(copies))
+    return Lap(captured(call) if graph else call, len(copies), copies)
 
 
 class Race:
@@ -150,6 +151,15 @@ def allocated(device):
 def peak_bytes(call, device):
     """The most bytes that ``call()`` holds at once above those in use before it, its result included."""
     return with_peak(call, device)[1]
+
+
+def timed(call, device):
+    """(what ``call()`` returns, milliseconds by the host's clock until the device has done it)."""
+    began = time.perf_counter()
+    result = call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return result, 1e3 * (time.perf_counter() - began)
 
 
 def with_peak(call, device):

@@ -16,7 +16,7 @@ def linear4bit(weight, bias=None, *, nested=False):
         weight.shape[1], weight.shape[0], bias is not None, weight.dtype, nested, "nf4", device="meta"
     )
     linear.weight = bitsandbytes.nn.Params4bit(
-        weight.detach().cpu(), requires_grad=False, blocksize=64, compress_statistics=nested, quant_type="nf4"
+        weight.detach(), requires_grad=False, blocksize=64, compress_statistics=nested, quant_type="nf4"
     )
     if bias is not None:
         linear.bias = torch.nn.Parameter(bias, requires_grad=False)

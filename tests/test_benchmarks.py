@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,10 +161,23 @@ def test_who_does_not_run_is_recorded_with_the_reason():
 
 def test_a_slow_peer_is_called_once_and_then_timed():
     calls = []
-    slow = Peer("slow", "torch", lambda: lambda: calls.append("slow") or 1.0, rounds=2)
-    record = compare(Peer("ours", None, constant(1.0)), slow, rounds={"warmup": 2, "fewest": 5})
-    assert len(calls) == 3
-    assert [record["contenders"][name]["rounds"] for name in ("ours", "slow")] == [5, 2]
+    peers = [
+        Peer(name, None, lambda name=name: lambda: calls.append(name) or 1.0, rounds=rounds)
+        for name, rounds in (("ours", None), ("slow", 2), ("slower", 1))
+    ]
+    record = compare(*peers, rounds={"warmup": 2, "fewest": 5})
+    assert (calls.count("slow"), calls.count("slower")) == (3, 1)
+    assert [result["rounds"] for result in record["contenders"].values()] == [5, 2, 1]
+
+
+def test_what_a_graph_reads_outlives_it(monkeypatch):
+    monkeypatch.setattr(measurement, "captured", lambda call: lambda: None)  # a graph holds addresses alone
+    x = torch.zeros(1)
+    lap, alive = measurement.lap_of([lambda x=x: x + 1], graph=True), weakref.ref(x)
+    del x
+    assert alive() is not None and lap.copies == 1
+    del lap
+    assert alive() is None
 
 
 def test_a_process_is_ended_in_time_and_what_it_printed_counts(tmp_path):
