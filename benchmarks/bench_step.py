@@ -18,15 +18,13 @@ from comparison import in_process
 from nanogrpo.grpo import GRPOConfig, GRPOTrainer
 from nanogrpo.grpo.measurement import PHASES
 from nanogrpo.grpo.memory import plan_memory
-from nanogrpo.grpo.optimizer import OPTIMIZERS
 from nanogrpo.grpo.rewards import WeightedReward
 from nanogrpo.grpo.tasks import Example
 from nanogrpo.rollout.checkpoint import open_checkpoint, resolve_checkpoint
 from nanogrpo.rollout.random_weights import find_shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ON_CUDA = "adamw_offload" if "adamw_offload" in OPTIMIZERS else "adamw8bit"
-OPTIMIZER = ON_CUDA if DEVICE == "cuda" else "adamw"
+OPTIMIZER = "adamw_offload"
 SLOWEST = 100  # seconds that a case may take: then the steps done so far count
 # Sampler and trainer round differently; a log-prob that differs by more is plainly wrong.
 LIMITS = {"bfloat16": 0.5, "float32": 1e-4}

@@ -83,7 +83,11 @@ class GRPOConfig:
     value_coef: float = setting(0.1, "weight of the value loss (ppo)")
     value_clip: float = setting(0.2, "a value may move this far a step (ppo)")
     dpo_beta: float = setting(0.1, "weight of the drift from the base model in a preference (online_dpo)")
-    optimizer: str = setting("adamw", f"{' or '.join(OPTIMIZERS)} (from bitsandbytes)")
+    optimizer: str = setting(
+        "adamw",
+        "adamw; adamw8bit (bitsandbytes): moments in 8 bits; adamw_offload: float32 adapters, gradients and moments "
+        "in CPU memory, the adapters on the GPU in the model's dtype",
+    )
     num_iterations: int = setting(1, "optimiser steps on each batch of rollouts")
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: float = setting(32.0, "adapters are scaled by alpha / r")
@@ -199,6 +203,10 @@ class GRPOConfig:
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.optimizer == "adamw_offload" and self.lora_dtype != "float32":
+            raise ValueError(
+                f"adamw_offload keeps float32 originals of the adapters, got lora_dtype {self.lora_dtype}"
+            )
         for name in ("gamma", "gae_lambda", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")

@@ -4,11 +4,13 @@ With b bytes an element of the compute dtype, N x K the linears, L layers, D the
 A = heads * head_dim, V words, T packed tokens a micro-batch, C completion tokens in it, S sequences at once:
 
     weights      dense b N K; nf4 N K / 2 + 4 N K / 64 + 64; int4 N K / 2 + 4 N K / 32; all but the linears is dense
-    adapters     4 r (N + K) a linear (2 in 16 bits), gradients as many bytes
-    optimizer    AdamW twice the adapters; in 8 bits 2 bytes a value and two float32 scales for 256
+    adapters     4 r (N + K) a linear (2 in 16 bits), gradients as many bytes, those of one layer in float32 beside
+    optimizer    AdamW twice the adapters; in 8 bits 2 bytes a value and two float32 scales for 256; offloaded none,
+                 and no gradients but one layer's: these are in CPU memory, 16 bytes a value (``MasterWeights``)
     layer        what one layer keeps and works in while it is computed again and differentiated, T tokens at once:
-                 ``layer_bytes``. Graphs hold it from step to step
-    KV cache     2 L b (KV heads * head_dim) * block_size * blocks, for S sequences of full length; rollout only
+                 ``layer_bytes``. Graphs hold it from step to step, and prompts are computed in it
+    KV cache     2 L b (KV heads * head_dim) * block_size * blocks, for S sequences of full length, the whole blocks
+                 of a prompt once; rollout only
     checkpoints  L T D b, the inputs of the layers (without checkpointing every layer keeps all that one does)
     logits       training: the head's workspace, and hidden states and gradients of C rows;
                  rollout: V float32 values in four copies and float64 sums for each sequence
@@ -20,15 +22,15 @@ the longest sequence, in whole multiples of ``TOKENS``. Where one micro-batch is
 that checkpoints leave. What carries over from step to step is exact.
 """
 
+import ctypes
 import math
 from dataclasses import dataclass
 
 import torch
 
 GIB = 2**30
-# CUDA 13 on an H200: 527 MiB, then 94 of torch's kernels, 66 of cuBLAS, 160 of ours and graphs
-CONTEXT = 850 * 2**20
-PREFILL = 2048  # tokens of a prefill at most
+# CUDA 13 on an H200 with ``small_stacks``: 263 MiB, then 94 of torch's kernels, 66 of cuBLAS, 104 of ours and graphs
+CONTEXT = 540 * 2**20
 ATTENTION_WORKSPACE = 64 * 2**20
 WORKSPACES = 2 * 32 * 2**20  # cuBLAS' own on an H200, one for captured work and one for what is not
 BLOCK_SIZE = 16
@@ -105,8 +107,10 @@ def trained_sizes(model, r, *, value_head=False):
 
 
 def optimizer_bytes(sizes, name, itemsize=4):
-    """Bytes of the optimiser's state for trained tensors of ``sizes`` values of ``itemsize`` bytes: "adamw" or
-    "adamw8bit"."""
+    """Bytes of the optimiser's state for trained tensors of ``sizes`` values of ``itemsize`` bytes: as in
+    ``OPTIMIZERS``."""
+    if name == "adamw_offload":
+        return sum(4 for _ in sizes)
     if name == "adamw":
         return sum(2 * itemsize * size + 4 for size in sizes)
     # bitsandbytes keeps what is below 4,096 values in float32, and one pair of code books.
@@ -136,16 +140,6 @@ def layer_bytes(model, itemsize, tokens, *, quantize, r):
     )
     adapters = r * sum(n + k for n, k in linear_shapes(model).values()) // model.num_hidden_layers
     return tokens * kept + b * adapters, max(0, *stages)
-
-
-def prefill_bytes(model, itemsize, tokens, quantize):
-    """Bytes that the prompts' forward pass works in, up to ``PREFILL`` tokens at once: the widest part of a layer."""
-    from ..rollout.decoding import PREFILL_BUCKETS
-
-    D, F = model.hidden_size, model.intermediate_size
-    if tokens <= PREFILL_BUCKETS[-1]:  # captured: it works where the layers of training do
-        return 0
-    return itemsize * (min(tokens, PREFILL) * (4 * D + 3 * F) + (2 * D * F if quantize else 0))
 
 
 def attention_bytes(model, tokens):
@@ -192,16 +186,19 @@ def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
     completion = min(T, sequences * config.max_completion_length)
     T = TOKENS * -(-T // TOKENS)
     sizes = trained_sizes(model, config.lora_r, value_head=config.algorithm == "ppo")
-    itemsize = getattr(torch, config.lora_dtype).itemsize
+    offloaded = config.optimizer == "adamw_offload"
+    itemsize = b if offloaded else getattr(torch, config.lora_dtype).itemsize
     trained, L, D = itemsize * sum(sizes), model.num_hidden_layers, model.hidden_size
+    flat = 4 * sum(sizes) // L  # of the gradients of one layer
     kept, working = layer_bytes(model, b, T, quantize=config.quantize, r=config.lora_r)
     checkpointed = config.checkpoint_layers in (None, True)
-    layer = kept + working + 2 * b * D * T + trained // L
-    cache = kv_bytes(model, length, sequences, b)
+    layer = kept + working + 2 * b * D * T + flat
+    shared = prompt_length // BLOCK_SIZE * BLOCK_SIZE  # tokens that a group has once
+    cache = kv_bytes(model, shared, prompts, b) + kv_bytes(model, length - shared, sequences, b)
     if config.kv_memory is not None:
         cache = min(cache, int(config.kv_memory * GIB))
     training = {
-        "gradients": trained + trained // L,
+        "gradients": 0 if offloaded else trained + trained // L,
         "checkpoints": L * T * D * b if checkpointed else (L - 1) * kept,
         "logits": HEAD_WORKSPACE + (T + 3 * completion) * D * b,
     }
@@ -220,7 +217,6 @@ def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
         rollout={
             "KV cache": cache,
             "logits": sequences * model.vocab_size * (4 * 4 + 8) + ATTENTION_WORKSPACE,
-            "prefill": prefill_bytes(model, b, prompts * prompt_length, config.quantize),
         },
         training=training,
     )
@@ -232,7 +228,7 @@ def remedies(model, config, prompt_length, limit):
 
     length = prompt_length + config.max_completion_length
     candidates = [("token_budget", max(length, config.token_budget // n)) for n in (2, 4, 8)]
-    candidates += [("quantize", "nf4"), ("optimizer", "adamw8bit"), ("checkpoint_layers", True)]
+    candidates += [("quantize", "nf4"), ("optimizer", "adamw_offload"), ("checkpoint_layers", True)]
     candidates += [("lora_r", max(1, config.lora_r // n)) for n in (2, 4)]
     candidates += [("prompts_per_step", max(1, config.prompts_per_step // n)) for n in (2, 4)]
     candidates += [("group_size", max(2, config.group_size // 2))]
@@ -316,6 +312,26 @@ def plan_report(model, config, prompt_length, card=None):
     if len(cards) == 1 and need.total > size * GIB:
         lines.append(advice(remedies(model, config, prompt_length, size * GIB), size * GIB))
     return lines
+
+
+def adapter_dtype(config):
+    """The dtype of the adapters on the device, as text: the model's where their originals are offloaded."""
+    if config.optimizer != "adamw_offload":
+        return config.lora_dtype
+    cuda = torch.cuda.is_available() if config.device is None else config.device.startswith("cuda")
+    return config.dtype or ("bfloat16" if cuda else "float32")
+
+
+def small_stacks(device):
+    """Give back the stacks that CUDA keeps for every thread a GPU can run: 264 MiB on an H200, none of it used here.
+
+    A kernel that has a stack still gets it: the driver then takes what that kernel needs.
+    """
+    torch.zeros((), device=device)  # a context to ask of
+    with torch.cuda.device(device):
+        status = ctypes.CDLL("libcuda.so.1").cuCtxSetLimit(0, ctypes.c_size_t(0))  # CU_LIMIT_STACK_SIZE
+    if status:
+        raise RuntimeError(f"CUDA refused to change its stack size, error {status}")
 
 
 def limit_vram(config):

@@ -5,6 +5,8 @@ tables; a full block may be shared by any number of sequences that begin with th
 arXiv 2309.06180).
 """
 
+import contextlib
+
 import numpy as np
 import torch
 
@@ -110,7 +112,11 @@ class KVCache:
         self.num_blocks = num_blocks
         layers = config.num_hidden_layers
         shape = (num_blocks, layers, 2, block_size, config.num_key_value_heads, config.head_dim)
-        self.data = torch.empty(shape, device=device, dtype=dtype)
+        # Apart from all other memory: it goes back whole, and nothing that outlives a rollout settles in its place.
+        pool = torch.cuda.MemPool() if torch.device(device).type == "cuda" else None
+        with contextlib.nullcontext() if pool is None else torch.cuda.use_mem_pool(pool, device):
+            self.data = torch.empty(shape, device=device, dtype=dtype)
+        self.pool = pool  # after the data, which it outlives
         self.steps = {}
         self.addresses = addresses
         if addresses is not None:

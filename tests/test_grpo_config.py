@@ -53,7 +53,7 @@ BAD = [
     ({"dtype": "float64"}, "dtype must be float32, bfloat16 or float16, got 'float64'"),
     ({"device": "gpu"}, "device must be cpu or cuda, got 'gpu'"),
     ({"kv_memory": 0.0}, "kv_memory must be a positive number of GiB, got 0.0"),
-    ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw8bit, got 'sgd'"),
+    ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw8bit, adamw_offload, got 'sgd'"),
     ({"save_every": 0}, "save_every must be at least 1"),
     ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
     ({"reward_processes": -1}, "reward_processes must be at least 0"),

@@ -1,5 +1,6 @@
 """The memory plan against tensors that exist, and what a limit that is too small is told."""
 
+import ctypes
 import importlib
 import weakref
 from dataclasses import replace
@@ -20,6 +21,7 @@ from nanogrpo.grpo.memory import (
     plan_memory,
     plan_report,
     remedies,
+    small_stacks,
     trained_sizes,
     weight_bytes,
 )
@@ -211,7 +213,15 @@ def test_parts_grow_with_what_they_are_made_of():
     assert plan(quantize="nf4").always["weights"] < 0.55 * base.always["weights"]
     assert plan(lora_r=32).always["adapters"] == 2 * base.always["adapters"]
     assert plan(optimizer="adamw8bit").always["optimizer"] < 0.27 * base.always["optimizer"]
-    assert plan(group_size=16).rollout["KV cache"] == 2 * base.rollout["KV cache"]
+    prompts = kv_bytes(model, 128, base_prompts := 8, 2)
+    assert plan(group_size=16).rollout["KV cache"] == 2 * base.rollout["KV cache"] - prompts
+    longer = plan_memory(model, config(), 128 + 16 * 100).rollout["KV cache"]
+    assert longer - base.rollout["KV cache"] == kv_bytes(model, 16 * 100, base_prompts, 2)
+    offloaded = plan(optimizer="adamw_offload")
+    assert (
+        offloaded.always["adapters"] == base.always["adapters"] / 2 and offloaded.training["gradients"] == 0
+    )
+    assert offloaded.always["optimizer"] < 2**12 and offloaded.always["layer"] == base.always["layer"]
     assert plan(kv_memory=0.1).rollout["KV cache"] == int(0.1 * GIB)
     budget = lambda tokens: plan(token_budget=tokens, prompts_per_step=4)
     assert budget(512).training["checkpoints"] == budget(1024).training["checkpoints"] * 384 / 1024
@@ -295,3 +305,15 @@ def test_micro_batches_are_cut_as_the_trainer_cuts_them(budget, algorithm, unit,
         len(pack_tree([sequences[i] for i in run], share_prefix=share_prefix).input_ids) for run in runs
     ]
     assert micro_batch(3, 30, GRPOConfig(share_prefix=share_prefix, **settings)) == (max(packed), len(runs))
+
+
+@pytest.mark.gpu
+def test_stacks_are_given_back_and_taken_where_needed():
+    small_stacks(torch.device("cuda"))
+    free = torch.cuda.mem_get_info()[0]
+    small_stacks(torch.device("cuda"))
+    x = torch.randn(100_000, device="cuda")
+    assert torch.equal(x.sort().values.cpu(), x.cpu().sort().values)
+    assert free - torch.cuda.mem_get_info()[0] < 100 * 2**20
+    size = ctypes.c_size_t(1)
+    assert ctypes.CDLL("libcuda.so.1").cuCtxGetLimit(ctypes.byref(size), 0) == 0 and size.value == 0
