@@ -28,6 +28,11 @@ def pytest_configure(config):
 
 
 def pytest_runtest_setup(item):
+    if DEVICE == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"the GPU's context is lost: {error}", returncode=3)
     limits = dict(limit.split("=") for limit in item.config.getoption("limit"))
     if item.config.stash[IMPORTED] != len(sys.modules):
         item.config.stash[IMPORTED] = len(sys.modules)
