@@ -11,8 +11,9 @@ HEAD = """\
 # Benchmarks
 
 Every contender of a table ran in one process, in turns: each round runs all once, in a new order. Times are medians
-of CUDA events (on a CPU, of the host's clock) with the 20th and 80th percentile. Inputs are random; every output was
-held against float64 on a sample of rows before anything was timed, and the largest error stands in the table.
+of CUDA events (on a CPU, of the host's clock) with the 20th and 80th percentile; a call of many seconds was timed
+once. Inputs are random; every output was held against float64, of large ones a sample of rows, before anything was
+timed, and the largest error stands in the table.
 
 - **÷ best peer**: our time over that of the fastest contender that is not ours, in the same run. Below 1 is faster.
   The columns after it are our time over each contender's, a dash where it did not run.
@@ -45,7 +46,9 @@ def best_peer(record):
 
 
 def number(value):
-    """Three significant digits."""
+    """Three significant digits; of a whole number all."""
+    if isinstance(value, int):
+        return f"{value:,}"
     digits = 2 - math.floor(math.log10(abs(value))) if value else 0
     return f"{value:,.{max(0, digits)}f}" if digits < 8 else f"{value:.1e}"
 
@@ -179,6 +182,14 @@ def setting(environment):
     )
 
 
+def versions(records):
+    """One line: who took part, by version, those of torch itself apart."""
+    torch = records[0]["environment"]["torch"]
+    pairs = [(n, r.get("version")) for record in records for n, r in record["contenders"].items()]
+    named = dict.fromkeys(f"{name} {version}" for name, version in pairs if version not in (None, torch))
+    return [f"Beside ours: {', '.join(named)}.\n"] if named else []
+
+
 def render(results=RESULTS):
     """The whole document, from every ``results/<device>/<operation>.json``: GPUs first, then CPUs."""
     parts = [HEAD]
@@ -192,7 +203,7 @@ def render(results=RESULTS):
             for record in records:
                 runs.setdefault(json.dumps(record["environment"]), []).append(record)
             for run in runs.values():
-                parts += [setting(run[0]["environment"]), overview(run), *numbers_beside(run)]
+                parts += [setting(run[0]["environment"]), *versions(run), overview(run), *numbers_beside(run)]
                 parts += ["<details><summary>Every contender</summary>\n", *map(detail, run), "</details>\n"]
     return "\n".join(parts)
 

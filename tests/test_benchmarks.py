@@ -245,7 +245,15 @@ def test_losses_show_as_plainly_as_wins(tmp_path, ours, ratio):
 
 @pytest.mark.parametrize(
     "value, text",
-    [(0, "0"), (0.01234, "0.0123"), (0.5, "0.500"), (1.234, "1.23"), (123.4, "123"), (12345.6, "12,346")],
+    [
+        (0, "0"),
+        (1234, "1,234"),
+        (0.01234, "0.0123"),
+        (0.5, "0.500"),
+        (1.234, "1.23"),
+        (123.4, "123"),
+        (12345.6, "12,346"),
+    ],
 )
 def test_numbers_have_three_digits(value, text):
     assert render.number(value) == text
