@@ -105,6 +105,9 @@ class GRPOConfig:
     checkpoint_layers: bool | None = setting(
         None, "keep a layer's input alone and compute it again in the backward pass; default: on cuda"
     )
+    offload_checkpoints: bool = setting(
+        False, "on cuda, let those inputs wait in CPU memory: for long sequences"
+    )
     held_out: int = setting(200, "held-out questions that measure the result")
     seed: int = setting(0, "of data, adapters and sampling")
     device: str | None = setting(None, "cpu or cuda; default: cuda where there is one")
@@ -207,6 +210,8 @@ class GRPOConfig:
             raise ValueError(
                 f"adamw_offload keeps float32 originals of the adapters, got lora_dtype {self.lora_dtype}"
             )
+        if self.offload_checkpoints and self.checkpoint_layers is False:
+            raise ValueError("offload_checkpoints needs checkpoint_layers, got false")
         for name in ("gamma", "gae_lambda", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")

@@ -11,7 +11,8 @@ A = heads * head_dim, V words, T packed tokens a micro-batch, C completion token
                  ``layer_bytes``. Graphs hold it from step to step, and prompts are computed in it
     KV cache     2 L b (KV heads * head_dim) * block_size * blocks, for S sequences of full length, the whole blocks
                  of a prompt once; rollout only
-    checkpoints  L T D b, the inputs of the layers (without checkpointing every layer keeps all that one does)
+    checkpoints  L T D b, the inputs of the layers; offloaded ``OFFLOADED_AT_ONCE`` of them; without checkpointing
+                 every layer keeps all that one does
     logits       training: the head's workspace, and hidden states and gradients of C rows;
                  rollout: V float32 values in four copies and float64 sums for each sequence
     libraries    cuBLAS' workspaces: WORKSPACES
@@ -33,6 +34,9 @@ GIB = 2**30
 CONTEXT = 540 * 2**20
 ATTENTION_WORKSPACE = 64 * 2**20
 WORKSPACES = 2 * 32 * 2**20  # cuBLAS' own on an H200, one for captured work and one for what is not
+OFFLOADED_AT_ONCE = (
+    3  # layers' inputs on the card while the others wait: at work, leaving or coming, kept for a copy
+)
 BLOCK_SIZE = 16
 CARDS = {
     "rtx-4060": 8, "rtx-3080": 10, "rtx-3060": 12, "rtx-4080": 16, "rtx-3090": 24, "rtx-4090": 24, "rtx-5090": 32,
@@ -192,6 +196,7 @@ def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
     flat = 4 * sum(sizes) // L  # of the gradients of one layer
     kept, working = layer_bytes(model, b, T, quantize=config.quantize, r=config.lora_r)
     checkpointed = config.checkpoint_layers in (None, True)
+    on_card = OFFLOADED_AT_ONCE if config.offload_checkpoints else L
     layer = kept + working + 2 * b * D * T + flat
     shared = prompt_length // BLOCK_SIZE * BLOCK_SIZE  # tokens that a group has once
     cache = kv_bytes(model, shared, prompts, b) + kv_bytes(model, length - shared, sequences, b)
@@ -199,7 +204,7 @@ def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
         cache = min(cache, int(config.kv_memory * GIB))
     training = {
         "gradients": 0 if offloaded else trained + trained // L,
-        "checkpoints": L * T * D * b if checkpointed else (L - 1) * kept,
+        "checkpoints": on_card * T * D * b if checkpointed else (L - 1) * kept,
         "logits": HEAD_WORKSPACE + (T + 3 * completion) * D * b,
     }
     if micro_batches == 1 and checkpointed:  # gradients come as the checkpoints of the only micro-batch go
@@ -229,6 +234,7 @@ def remedies(model, config, prompt_length, limit):
     length = prompt_length + config.max_completion_length
     candidates = [("token_budget", max(length, config.token_budget // n)) for n in (2, 4, 8)]
     candidates += [("quantize", "nf4"), ("optimizer", "adamw_offload"), ("checkpoint_layers", True)]
+    candidates += [("offload_checkpoints", True)]
     candidates += [("lora_r", max(1, config.lora_r // n)) for n in (2, 4)]
     candidates += [("prompts_per_step", max(1, config.prompts_per_step // n)) for n in (2, 4)]
     candidates += [("group_size", max(2, config.group_size // 2))]

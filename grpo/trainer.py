@@ -180,6 +180,8 @@ class GRPOTrainer:
         on_policy = first is None
         work = lambda: self._run_micro_batches(batch, on_policy)
         totals = _joined(self.ranks.gather(self.objective.within_memory(batch, work)))
+        if self.masters is not None:
+            self.masters.wait()
         parameters = list(self.named_parameters().values())
         if totals["trained_tokens"]:
             self.ranks.sum_gradients(parameters)
@@ -296,4 +298,5 @@ def load_policy(config):
         policy = Policy.load(config.model, **settings)
     checkpoint = config.checkpoint_layers
     policy.model.checkpoint_layers = policy.device.type == "cuda" if checkpoint is None else checkpoint
+    policy.model.offload_checkpoints = config.offload_checkpoints
     return policy

@@ -42,11 +42,12 @@ def backward(policy, seed=0):
     ).sum().backward()
 
 
-@pytest.mark.parametrize("token_budget", [2048, 40])
-def test_steps_are_those_of_adamw(token_budget):
+@pytest.mark.parametrize("algorithm, token_budget", [("grpo", 2048), ("grpo", 40), ("ppo", 40)])
+def test_steps_are_those_of_adamw(algorithm, token_budget):
     found = []
     for optimizer in ("adamw", "adamw_offload"):
-        trainer = tiny_trainer(optimizer=optimizer, token_budget=token_budget, num_iterations=2)
+        settings = {"algorithm": algorithm, "token_budget": token_budget, "num_iterations": 2}
+        trainer = tiny_trainer(optimizer=optimizer, **settings)
         wake(trainer)
         if trainer.masters is not None:
             for adapter, original in trainer.masters.originals.items():
@@ -73,6 +74,7 @@ def test_updates_below_a_rounding_add_up(device):
     before = {name: p.detach().clone() for name, p in policy.adapters().items()}
     for seed in range(3):
         backward(policy, seed)
+        masters.wait()
         assert all(p.grad is None for p in policy.adapters().values())
         for name, original in masters.parameters.items():
             assert original.grad.dtype == torch.float32 and original.grad.isfinite().all()
@@ -94,9 +96,12 @@ def test_gradients_of_captured_steps_are_those_of_float32_adapters(device):
     found = []
     for dtype in ("float32", "bfloat16"):
         policy = small_policy(device, dtype)
-        parameters = policy.adapters() if dtype == "float32" else MasterWeights(policy).parameters
+        masters = None if dtype == "float32" else MasterWeights(policy)
+        parameters = policy.adapters() if masters is None else masters.parameters
         for seed in range(3):
             backward(policy, seed)
+        if masters is not None:
+            masters.wait()
         found.append([parameter.grad for parameter in parameters.values()])
     for plain, ours in zip(*found, strict=True):
         assert torch.equal(ours, plain) and not torch.equal(ours, ours.bfloat16().float())
@@ -149,6 +154,7 @@ def test_the_card_holds_the_adapters_alone():
     masters.keep_moments(optimizer)
     for seed in range(2):
         backward(policy, seed)
+        masters.wait()
         torch.nn.utils.clip_grad_norm_(masters.parameters.values(), 1.0)
         optimizer.step()
         masters.publish()

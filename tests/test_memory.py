@@ -217,6 +217,8 @@ def test_parts_grow_with_what_they_are_made_of():
     assert plan(group_size=16).rollout["KV cache"] == 2 * base.rollout["KV cache"] - prompts
     longer = plan_memory(model, config(), 128 + 16 * 100).rollout["KV cache"]
     assert longer - base.rollout["KV cache"] == kv_bytes(model, 16 * 100, base_prompts, 2)
+    far = plan(offload_checkpoints=True)
+    assert far.training["checkpoints"] * model.num_hidden_layers == 3 * base.training["checkpoints"]
     offloaded = plan(optimizer="adamw_offload")
     assert (
         offloaded.always["adapters"] == base.always["adapters"] / 2 and offloaded.training["gradients"] == 0
@@ -265,14 +267,11 @@ def test_remedies_do_what_they_promise():
     changes = remedies(model, settings, 128, 12 * GIB)
     assert changes[0][0].startswith("--") and any(flag == "--quantize nf4" for flag, _ in changes)
     for flag, total in changes:
-        name, value = flag.removeprefix("--").replace("-", "_").split(" ")
-        value = (
-            value
-            if name in ("quantize", "optimizer")
-            else float(value)
-            if name == "kv_memory"
-            else int(value)
+        name, _, text = flag.removeprefix("--").replace("-", "_").partition(" ")
+        kind = {"quantize": str, "optimizer": str, "kv_memory": float, "offload_checkpoints": bool}.get(
+            name, int
         )
+        value = kind(text or True)
         changed = plan_memory(model, replace(settings, **{name: value}), 128).total
         assert changed == total < before
 
