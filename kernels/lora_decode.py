@@ -27,8 +27,8 @@ from . import _runtime
 from .code_words import aligned
 from .dependent_launch import prefetch
 from .matmul_4bit import _matmul_triton, packed_config, products
-from .packed_matmul import FEW_PROGRAMS, Config, Update, packed_products, weight_operand, x_operand
 from .packed_codes import TILE
+from .packed_matmul import FEW_PROGRAMS, Config, Update, packed_products, weight_operand, x_operand
 from .quantization import kernel_format
 from .tiled_matmul import TileConfig, tile_plan, tiled_products
 
@@ -211,8 +211,20 @@ def ranks(x, a, pdl, config=None):
         partial = torch.empty(triton.cdiv(turns, steps), M, R, dtype=torch.float32, device=x.device)
         columns = min(columns, triton.next_power_of_2(triton.cdiv(M, 8)))
         _down_kernel[(triton.cdiv(R, 16), triton.cdiv(M, 8 * columns), len(partial))](
-            x, a, partial, M, K, R, steps, PDL=pdl, WARPS=warps, COLUMNS=columns, CHUNK=chunk, num_warps=warps,
-            num_stages=1, launch_pdl=pdl,
+            x,
+            a,
+            partial,
+            M,
+            K,
+            R,
+            steps,
+            PDL=pdl,
+            WARPS=warps,
+            COLUMNS=columns,
+            CHUNK=chunk,
+            num_warps=warps,
+            num_stages=1,
+            launch_pdl=pdl,
         )
         return partial
     if config is not None:
@@ -221,8 +233,20 @@ def ranks(x, a, pdl, config=None):
         steps = triton.cdiv(turns, most)
         partial = torch.empty(triton.cdiv(turns, steps), M, R, dtype=torch.float32, device=x.device)
         _tiled_down_kernel[(triton.cdiv(R, br), triton.cdiv(M, bm), len(partial))](
-            x, a, partial, M, K, R, steps, PDL=pdl, BLOCK_M=bm, BLOCK_K=bk, BLOCK_R=br, num_warps=warps,
-            num_stages=stages, launch_pdl=pdl,
+            x,
+            a,
+            partial,
+            M,
+            K,
+            R,
+            steps,
+            PDL=pdl,
+            BLOCK_M=bm,
+            BLOCK_K=bk,
+            BLOCK_R=br,
+            num_warps=warps,
+            num_stages=stages,
+            launch_pdl=pdl,
         )
         return partial
     if M <= FEW_ROWS:

@@ -338,8 +338,19 @@ def per_tile_scales(scales, format):
 
 
 def packed_products(
-    x, words, scales, bias, first_block, format, config, assembly=True, *, update=None, late=False,
-    depth_=None, registers_=None,
+    x,
+    words,
+    scales,
+    bias,
+    first_block,
+    format,
+    config,
+    assembly=True,
+    *,
+    update=None,
+    late=False,
+    depth_=None,
+    registers_=None,
 ):
     """x (M, K) float16 or bfloat16 @ W.T (+ bias) in one launch: y, or partial sums (SPLIT, M, N) without the bias.
 

@@ -215,7 +215,20 @@ def tile_plan(N, tiles, config):
 
 
 def tiled_products(
-    x, words, scales, bias, first_block, format, config, assembly=True, *, update=None, late=False, whole=True, registers=None, pairs=None
+    x,
+    words,
+    scales,
+    bias,
+    first_block,
+    format,
+    config,
+    assembly=True,
+    *,
+    update=None,
+    late=False,
+    whole=True,
+    registers=None,
+    pairs=None,
 ):
     """As ``packed_products``: y, or partial sums (SPLIT, M, N) without the bias."""
     (M, K), N, update = x.shape, len(words), update or Update()

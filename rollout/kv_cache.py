@@ -5,16 +5,8 @@ tables; a full block may be shared by any number of sequences that begin with th
 arXiv 2309.06180).
 """
 
-        layers, self.rows = config.num_hidden_layers, (block_size, config.num_key_value_heads)
-        shape = *self.rows, config.head_dim
-        self.codes = math.prod(shape) if dtype == torch.int8 else None  # bytes of a block, without its scales
-        if self.codes is not None:
-            shape = (self.codes + 4 * math.prod(self.rows),)
-        # Apart from all other memory: it goes back whole, and nothing that outlives a rollout settles in its place.
-        pool = torch.cuda.MemPool() if torch.device(device).type == "cuda" else None
-        with contextlib.nullcontext() if pool is None else torch.cuda.use_mem_pool(pool, device):
-            self.data = torch.empty((layers, num_blocks, 2, *shape), device=device, dtype=dtype)
-        self.pool = pool  # after the data, which it outlives
+import contextlib
+import math
 
 import numpy as np
 import torch
@@ -123,22 +115,16 @@ class KVCache:
     def __init__(self, config, num_blocks, block_size, *, device, dtype, addresses=None):
         self.block_size = block_size
         self.num_blocks = num_blocks
-<<<<<<< HEAD
-        layers = config.num_hidden_layers
-        shape = (num_blocks, layers, 2, block_size, config.num_key_value_heads, config.head_dim)
-        # Apart from all other memory: it goes back whole, and nothing that outlives a rollout settles in its place.
-        pool = torch.cuda.MemPool() if torch.device(device).type == "cuda" else None
-        with contextlib.nullcontext() if pool is None else torch.cuda.use_mem_pool(pool, device):
-            self.data = torch.empty(shape, device=device, dtype=dtype)
-        self.pool = pool  # after the data, which it outlives
-=======
         layers, self.rows = config.num_hidden_layers, (block_size, config.num_key_value_heads)
         shape = *self.rows, config.head_dim
         self.codes = math.prod(shape) if dtype == torch.int8 else None  # bytes of a block, without its scales
         if self.codes is not None:
             shape = (self.codes + 4 * math.prod(self.rows),)
-        self.data = torch.empty((layers, num_blocks, 2, *shape), device=device, dtype=dtype)
->>>>>>> wip/attend
+        # Apart from all other memory: it goes back whole, and nothing that outlives a rollout settles in its place.
+        pool = torch.cuda.MemPool() if torch.device(device).type == "cuda" else None
+        with contextlib.nullcontext() if pool is None else torch.cuda.use_mem_pool(pool, device):
+            self.data = torch.empty((layers, num_blocks, 2, *shape), device=device, dtype=dtype)
+        self.pool = pool  # after the data, which it outlives
         self.steps = {}
         self.addresses = addresses
         if addresses is not None:
