@@ -10,7 +10,7 @@ A = heads * head_dim, V words, T packed tokens a micro-batch, C completion token
     layer        what one layer keeps and works in while it is computed again and differentiated, T tokens at once:
                  ``layer_bytes``. Graphs hold it from step to step, and prompts are computed in it
     KV cache     2 L b (KV heads * head_dim) * block_size * blocks, for S sequences of full length, the whole blocks
-                 of a prompt once; rollout only
+                 of a prompt once (int8: a byte a value, 4 more a head); rollout only
     checkpoints  L T D b, the inputs of the layers; offloaded ``OFFLOADED_AT_ONCE`` of them; without checkpointing
                  every layer keeps all that one does
     logits       training: the head's workspace, and hidden states and gradients of C rows;
@@ -25,15 +25,16 @@ that checkpoints leave. What carries over from step to step is exact.
 
 import ctypes
 import math
+import os
 from dataclasses import dataclass
 
 import torch
 
 GIB = 2**30
-# CUDA 13 on an H200 with ``small_stacks``: 263 MiB, then 94 of torch's kernels, 66 of cuBLAS, 104 of ours and graphs
-CONTEXT = 540 * 2**20
+# CUDA 13 on an H200 with ``lean_cuda``: 263 MiB, then 94 of torch's kernels, 66 of cuBLAS, the rest ours and graphs'
+CONTEXT = 500 * 2**20
 ATTENTION_WORKSPACE = 64 * 2**20
-WORKSPACES = 2 * 32 * 2**20  # cuBLAS' own on an H200, one for captured work and one for what is not
+WORKSPACES = 2 * (8 * 2**20 + 2**18)  # cuBLAS' own, one for captured work and one for what is not
 OFFLOADED_AT_ONCE = (
     3  # layers' inputs on the card while the others wait: at work, leaving or coming, kept for a copy
 )
@@ -123,9 +124,11 @@ def optimizer_bytes(sizes, name, itemsize=4):
 
 
 def kv_bytes(model, tokens, sequences, itemsize):
-    """Bytes of keys and values for ``sequences`` of up to ``tokens`` tokens, in whole blocks."""
-    width = model.num_key_value_heads * model.head_dim
-    return 2 * model.num_hidden_layers * itemsize * width * BLOCK_SIZE * -(-tokens // BLOCK_SIZE) * sequences
+    """Bytes of keys and values for ``sequences`` of up to ``tokens`` tokens, in whole blocks; itemsize 1: of codes,
+    with their scales."""
+    head = model.head_dim * itemsize + 4 * (itemsize == 1)
+    blocks = -(-tokens // BLOCK_SIZE) * sequences
+    return 2 * model.num_hidden_layers * model.num_key_value_heads * head * BLOCK_SIZE * blocks
 
 
 def layer_bytes(model, itemsize, tokens, *, quantize, r):
@@ -199,7 +202,8 @@ def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
     on_card = OFFLOADED_AT_ONCE if config.offload_checkpoints else L
     layer = kept + working + 2 * b * D * T + flat
     shared = prompt_length // BLOCK_SIZE * BLOCK_SIZE  # tokens that a group has once
-    cache = kv_bytes(model, shared, prompts, b) + kv_bytes(model, length - shared, sequences, b)
+    kv = b if config.kv_dtype is None else 1
+    cache = kv_bytes(model, shared, prompts, kv) + kv_bytes(model, length - shared, sequences, kv)
     if config.kv_memory is not None:
         cache = min(cache, int(config.kv_memory * GIB))
     training = {
@@ -244,6 +248,7 @@ def remedies(model, config, prompt_length, limit):
     cache = plan_memory(model, config, prompt_length).rollout["KV cache"]
     one = kv_bytes(model, length, 1, 2)
     candidates += [("kv_memory", round(max(cache // n, one) / GIB + 1e-3, 3)) for n in (2, 4)]
+    candidates += [("kv_dtype", "int8")]
     before, found = plan_memory(model, config, prompt_length).total, {}
     for name, value in candidates:
         if getattr(config, name) != value and not (name == "quantize" and config.quantize):
@@ -328,11 +333,14 @@ def adapter_dtype(config):
     return config.dtype or ("bfloat16" if cuda else "float32")
 
 
-def small_stacks(device):
-    """Give back the stacks that CUDA keeps for every thread a GPU can run: 264 MiB on an H200, none of it used here.
+def lean_cuda(device):
+    """Have CUDA and cuBLAS take less of the card. Call it before anything else uses ``device``.
 
-    A kernel that has a stack still gets it: the driver then takes what that kernel needs.
+    The stacks that CUDA keeps for every thread a GPU can run are given back: 264 MiB on an H200. A kernel that has a
+    stack still gets it: the driver then takes what that kernel needs. cuBLAS works in two areas of 8 MiB, the size
+    with which its results repeat, not 32, unless the environment says otherwise.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     torch.zeros((), device=device)  # a context to ask of
     with torch.cuda.device(device):
         status = ctypes.CDLL("libcuda.so.1").cuCtxSetLimit(0, ctypes.c_size_t(0))  # CU_LIMIT_STACK_SIZE

@@ -22,7 +22,7 @@ from .distributed import Ranks, seed_from
 from .loss import kl_penalty
 from .master_weights import MasterWeights
 from .measurement import StepMeter, unmeasured
-from .memory import adapter_dtype, check_fits, limit_vram, small_stacks
+from .memory import adapter_dtype, check_fits, lean_cuda, limit_vram
 from .objectives import OBJECTIVES, has_signal
 from .optimizer import make_optimizer
 from .reward_pool import score
@@ -59,6 +59,7 @@ class GRPOTrainer:
             self.policy,
             max_batch=len(self.ranks.part(config.prompts_per_step)) * config.group_size,
             kv_memory=None if config.kv_memory is None else int(config.kv_memory * 2**30),
+            kv_dtype=config.kv_dtype,
         )
         objective = OBJECTIVES[find_algorithm(config.algorithm).objective]
         self.objective = objective(self.policy, config, self.ranks)
@@ -280,7 +281,7 @@ def load_policy(config):
     """The policy that ``config`` names, with fresh adapters."""
     device = choose_device(config.device)
     if device.type == "cuda":
-        small_stacks(device)
+        lean_cuda(device)
     if config.vram_limit is not None:
         limit_vram(config)
         model, prompt_length = describe(config)

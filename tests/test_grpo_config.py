@@ -53,6 +53,7 @@ BAD = [
     ({"dtype": "float64"}, "dtype must be float32, bfloat16 or float16, got 'float64'"),
     ({"device": "gpu"}, "device must be cpu or cuda, got 'gpu'"),
     ({"kv_memory": 0.0}, "kv_memory must be a positive number of GiB, got 0.0"),
+    ({"kv_dtype": "fp8"}, "kv_dtype must be int8 or left out, got 'fp8'"),
     ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw8bit, adamw_offload, got 'sgd'"),
     (
         {"offload_checkpoints": True, "checkpoint_layers": False},

@@ -15,13 +15,13 @@ from nanogrpo.grpo.memory import (
     check_fits,
     kv_bytes,
     layer_bytes,
+    lean_cuda,
     linear_shapes,
     micro_batch,
     optimizer_bytes,
     plan_memory,
     plan_report,
     remedies,
-    small_stacks,
     trained_sizes,
     weight_bytes,
 )
@@ -95,12 +95,13 @@ def test_the_optimizer_is_exact(name):
     assert held_bytes(dict(optimizer.state)) == optimizer_bytes(sizes, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("tokens, sequences", [(1, 1), (16, 3), (17, 5), (500, 8)])
-def test_keys_and_values_are_exact(tokens, sequences):
+def test_keys_and_values_are_exact(tokens, sequences, dtype):
     config = SHAPES["tiny-llama"]
     blocks = sequences * -(-tokens // 16)
-    cache = KVCache(config, blocks, 16, device="cpu", dtype=torch.bfloat16)
-    assert cache.data.nbytes == kv_bytes(config, tokens, sequences, 2)
+    cache = KVCache(config, blocks, 16, device="cpu", dtype=dtype)
+    assert cache.data.nbytes == kv_bytes(config, tokens, sequences, dtype.itemsize)
 
 
 class Watch(TorchDispatchMode):
@@ -217,6 +218,8 @@ def test_parts_grow_with_what_they_are_made_of():
     assert plan(group_size=16).rollout["KV cache"] == 2 * base.rollout["KV cache"] - prompts
     longer = plan_memory(model, config(), 128 + 16 * 100).rollout["KV cache"]
     assert longer - base.rollout["KV cache"] == kv_bytes(model, 16 * 100, base_prompts, 2)
+    codes = plan(kv_dtype="int8").rollout["KV cache"]
+    assert codes == base.rollout["KV cache"] * (128 + 4) // (2 * 128)
     far = plan(offload_checkpoints=True)
     assert far.training["checkpoints"] * model.num_hidden_layers == 3 * base.training["checkpoints"]
     offloaded = plan(optimizer="adamw_offload")
@@ -268,9 +271,8 @@ def test_remedies_do_what_they_promise():
     assert changes[0][0].startswith("--") and any(flag == "--quantize nf4" for flag, _ in changes)
     for flag, total in changes:
         name, _, text = flag.removeprefix("--").replace("-", "_").partition(" ")
-        kind = {"quantize": str, "optimizer": str, "kv_memory": float, "offload_checkpoints": bool}.get(
-            name, int
-        )
+        texts = dict.fromkeys(("quantize", "optimizer", "kv_dtype"), str)
+        kind = (texts | {"kv_memory": float, "offload_checkpoints": bool}).get(name, int)
         value = kind(text or True)
         changed = plan_memory(model, replace(settings, **{name: value}), 128).total
         assert changed == total < before
@@ -308,9 +310,9 @@ def test_micro_batches_are_cut_as_the_trainer_cuts_them(budget, algorithm, unit,
 
 @pytest.mark.gpu
 def test_stacks_are_given_back_and_taken_where_needed():
-    small_stacks(torch.device("cuda"))
+    lean_cuda(torch.device("cuda"))
     free = torch.cuda.mem_get_info()[0]
-    small_stacks(torch.device("cuda"))
+    lean_cuda(torch.device("cuda"))
     x = torch.randn(100_000, device="cuda")
     assert torch.equal(x.sort().values.cpu(), x.cpu().sort().values)
     assert free - torch.cuda.mem_get_info()[0] < 100 * 2**20
