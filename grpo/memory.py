@@ -25,10 +25,11 @@ that checkpoints leave. What carries over from step to step is exact.
 
 import ctypes
 import math
-import os
 from dataclasses import dataclass
 
 import torch
+
+from ..kernels._runtime import bound_workspaces
 
 GIB = 2**30
 # CUDA 13 on an H200 with ``lean_cuda``: 263 MiB, then 94 of torch's kernels, 66 of cuBLAS, the rest ours and graphs'
@@ -337,10 +338,9 @@ def lean_cuda(device):
     """Have CUDA and cuBLAS take less of the card. Call it before anything else uses ``device``.
 
     The stacks that CUDA keeps for every thread a GPU can run are given back: 264 MiB on an H200. A kernel that has a
-    stack still gets it: the driver then takes what that kernel needs. cuBLAS works in two areas of 8 MiB, the size
-    with which its results repeat, not 32, unless the environment says otherwise.
+    stack still gets it: the driver then takes what that kernel needs. cuBLAS works in ``bound_workspaces``.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+    bound_workspaces()
     torch.zeros((), device=device)  # a context to ask of
     with torch.cuda.device(device):
         status = ctypes.CDLL("libcuda.so.1").cuCtxSetLimit(0, ctypes.c_size_t(0))  # CU_LIMIT_STACK_SIZE
