@@ -27,15 +27,18 @@ from . import _runtime
 from .code_words import aligned
 from .dependent_launch import prefetch
 from .matmul_4bit import _matmul_triton, packed_config, products
+from .packed_codes import TILE
 from .packed_matmul import FEW_PROGRAMS, Config, Update, packed_products, weight_operand, x_operand
 from .quantization import kernel_format
+from .tiled_matmul import TileConfig, tile_plan, tiled_products
 
-MAX_ROWS = 64  # more rows than that are a library's work
+MAX_ROWS = 512  # more rows than that are a library's work
+OWN_ROWS = 64  # up to so many, the base product is ours
 FEW_ROWS = 16  # for so many, operands of the products go straight to registers
 # num_warps of ``ranks``, the elements of K that a warp takes in turn, and the most parts of K.
 DOWN = (4, 64, 12)
 # For more rows: BLOCK_K, num_warps, num_stages, the blocks of K that a program takes at least, and the most parts.
-TILED_DOWN = (128, 4, 3, 4, 6)
+TILED_DOWN = (128, 4, 3, 4, 12)
 WIDE_N = 4096  # from so many outputs on, the second of two BLOCK_N of the update
 # BLOCK_N and num_warps of the update by BLOCK_M. Rows are the dot's left operand in tiles of 16 or 32: below 64,
 # Hopper uses mma.sync instead of WGMMA, whose register operands ptxas before CUDA 13.3 miscompiles.
@@ -49,8 +52,11 @@ def _load_chunk(a_rows, x_rows, k, x_k, element, K, CHUNK: tl.constexpr):
     """CHUNK elements of K, 16 at a time; zeros past the end."""
     loaded = ()
     for c in tl.static_range(0, CHUNK, 16):
-        weight = tl.load(a_rows + k + c, mask=k + c + element < K, other=0.0)
-        value = tl.load(x_rows + x_k + c, mask=x_k + c + element < K, other=0.0)
+        # four values a lane: what ``weight_operand`` expects of it
+        at = tl.max_contiguous(element + (k + c), (1, 4))
+        x_at = tl.max_contiguous(element + (x_k + c), (1, 4))
+        weight = tl.load(a_rows + at, mask=at < K, other=0.0)
+        value = tl.load(x_rows + x_at, mask=x_at < K, other=0.0)
         loaded = loaded + ((weight, value),)
     return loaded
 
@@ -66,9 +72,9 @@ def _down_kernel(
     split = tl.program_id(2)
     rank0, m0 = tl.program_id(0) * 16, tl.program_id(1) * (8 * COLUMNS)
     rank = tl.minimum(rank0 + index // (8 * WARPS) * 8 + index % 8, R - 1)
-    a_rows = a + rank.to(tl.int64) * K + element
+    a_rows = a + rank.to(tl.int64) * K
     m = tl.minimum(m0 + x_index // (8 * WARPS) * 8 + x_index % 8, M - 1)
-    x_rows = x + m.to(tl.int64) * K + element
+    x_rows = x + m.to(tl.int64) * K
     k, x_k = (split * steps * WARPS + warp) * CHUNK, (split * steps * WARPS + x_warp) * CHUNK
     if PDL:
         for step in range(steps):
@@ -195,9 +201,54 @@ def _up_kernel(
     tl.store(out + target, y, mask=mask)
 
 
-def ranks(x, a, pdl):
+def ranks(x, a, pdl, config=None):
     """Partial sums (S, M, R) float32 of x (M, K) @ a (R, K)^T. With ``pdl`` the next launch may read x at once."""
     (M, K), R = x.shape, len(a)
+    if config is not None and config[0] == "few":
+        _, warps, chunk, most, columns = config
+        turns = triton.cdiv(K, chunk * warps)
+        steps = triton.cdiv(turns, most)
+        partial = torch.empty(triton.cdiv(turns, steps), M, R, dtype=torch.float32, device=x.device)
+        columns = min(columns, triton.next_power_of_2(triton.cdiv(M, 8)))
+        _down_kernel[(triton.cdiv(R, 16), triton.cdiv(M, 8 * columns), len(partial))](
+            x,
+            a,
+            partial,
+            M,
+            K,
+            R,
+            steps,
+            PDL=pdl,
+            WARPS=warps,
+            COLUMNS=columns,
+            CHUNK=chunk,
+            num_warps=warps,
+            num_stages=1,
+            launch_pdl=pdl,
+        )
+        return partial
+    if config is not None:
+        _, bm, br, bk, warps, stages, most = config
+        turns = triton.cdiv(K, bk)
+        steps = triton.cdiv(turns, most)
+        partial = torch.empty(triton.cdiv(turns, steps), M, R, dtype=torch.float32, device=x.device)
+        _tiled_down_kernel[(triton.cdiv(R, br), triton.cdiv(M, bm), len(partial))](
+            x,
+            a,
+            partial,
+            M,
+            K,
+            R,
+            steps,
+            PDL=pdl,
+            BLOCK_M=bm,
+            BLOCK_K=bk,
+            BLOCK_R=br,
+            num_warps=warps,
+            num_stages=stages,
+            launch_pdl=pdl,
+        )
+        return partial
     if M <= FEW_ROWS:
         warps, chunk, most = DOWN
         turns = triton.cdiv(K, chunk * warps)
@@ -222,7 +273,7 @@ def ranks(x, a, pdl):
     return partial
 
 
-def add_update(base, bias, update, dtype, pdl):
+def add_update(base, bias, update, dtype, pdl, config=None):
     """What ``update`` makes of the base's y (M, N), or of its partial sums (S, M, N), and a bias."""
     (splits, M, R), r, N = update.h.shape, update.b.shape[1], base.shape[-1]
     width = N // 2 if update.gated else N
@@ -230,6 +281,8 @@ def add_update(base, bias, update, dtype, pdl):
     block_m = 16 if M <= 16 else 32
     *blocks, warps = UP[block_m]
     block_n = blocks[width >= WIDE_N]
+    if config is not None:
+        block_m, block_n, warps = config
     _up_kernel[(triton.cdiv(width, block_n), triton.cdiv(M, block_m))](
         base, update.h, update.b, bias, update.residual, out, update.scaling, update.columns, M, N, R, r,
         BASE=base.shape[0] if base.ndim == 3 else 1, SPLITS=splits, RANK=max(16, triton.next_power_of_2(r)),
@@ -253,12 +306,19 @@ def few_rows(
         format = kernel_format(weight[1:])
         config = packed_config(_runtime.arch(x.device), len(x), format)
     with _runtime.launch_on(x):
-        update = Update(ranks(x, lora_a, pdl), lora_b, scaling, tuple(columns), gated, residual)
+        if len(x) <= OWN_ROWS:
+            h = ranks(x, lora_a, pdl)
+        else:
+            h = torch.mm(x, lora_a.to(x.dtype).t())[None]
+        update = Update(h, lora_b, scaling, tuple(columns), gated, residual)
         if isinstance(config, Config) and not config.over_n:
-            warps = 16 if x.shape[1] >= LONG_K and len(words) <= 16 * FEW_PROGRAMS else 4
+            warps = 8 if x.shape[1] >= LONG_K and len(words) <= 16 * FEW_PROGRAMS else 4
             whole = Config(False, warps, 1, config.columns, 1, pdl)
             operands = x, words, weight[1:], bias, first_block, format, whole
             return packed_products(*operands, not _runtime.INTERPRET, update=update, late=pdl)
+        if isinstance(config, TileConfig) and tile_plan(len(words), x.shape[1] // TILE, config)[2] == 1:
+            operands = x, words, weight[1:], bias, first_block, format, config
+            return tiled_products(*operands, not _runtime.INTERPRET, update=update, late=pdl)
         if config is not None:
             base = products(x, words, weight[1:], bias, first_block, config, late=pdl)
         elif quant_block:

@@ -30,12 +30,18 @@ import triton
 import triton.language as tl
 
 from . import _runtime
-from .dependent_launch import dependent_launch, wait_for_inputs
-from .kv_store import place
+from .dependent_launch import dependent_launch, prefetch
+from .kv_store import place, scale_strides
+from .paged_merge import _merge_kernel
 from .rotary import turn
 
 PROGRAMS = 528  # programs that fill a card
-FAMILY = 8  # neighbouring sequences that may share the reading of a split
+FAMILY = 8  # neighbouring sequences that may share the reading of a split of a long context
+SHORT = (
+    8  # splits of a context up to which only those share it that a tile has room for: turns would take longer
+)
+LEAN = False
+EARLY_ROWS = 64  # more queries come from a library's kernel, which lets nothing start before its end
 WORKSPACE = 64 * 2**20  # bytes of workspace, unless one sequence needs more
 LOG2_E = 1.4426950408889634
 
@@ -48,81 +54,82 @@ LANES_FIRST = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (
 
 
 @triton.jit
-def _fold(m, l, acc, m_part, l_part, part):
-    """Add a part to the (m, l, acc) of the parts before it."""
-    m_new = tl.maximum(m, m_part)
-    shrink, grow = tl.exp2(m - m_new), tl.exp2(m_part - m_new)
-    return m_new, l * shrink + l_part * grow, acc * shrink[:, None] + part * grow[:, None]
+def _wait_and_release():
+    """Wait for the kernel before; then let the next one's programs start, which may read what was complete by now."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def _heads(x, cos, sin, row, angle_row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of heads (rows, BLOCK_D), rotated where cos is given and rounded as ``rotary`` rounds; zero beyond mask.
-
-    row and angle_row: offsets of each row in x and in cos and sin.
+def _tables(
+    table, sequence, sequences, split, width, table_row,
+    PAGE_BITS: tl.constexpr, WARPS: tl.constexpr, KEYS: tl.constexpr, FAMILY: tl.constexpr,
+):  # fmt: skip
+    """Blocks of a split's keys, 8 keys each (WARPS, KEYS // 8), and of its family, a page each: (FAMILY, pages) of
+    the members and of the sequence before each. What stands beyond a context may be anything.
     """
-    d = tl.arange(0, BLOCK_D)
-    mask = mask[:, None] & (d < D)[None, :]
-    values = tl.load(x + row[:, None] + d[None, :], mask=mask, other=0.0)
-    if cos is not None:
-        HALF: tl.constexpr = D // 2
-        other, angle = tl.where(d < HALF, d + HALF, d - HALF), tl.where(d < HALF, d, d - HALF)
-        partner = tl.load(x + row[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
-        at = angle_row[:, None] + angle[None, :]
-        c, s = tl.load(cos + at, mask=mask, other=0.0), tl.load(sin + at, mask=mask, other=0.0)
-        partner = tl.where((d < HALF)[None, :], -partner, partner)
-        values = turn(values.to(tl.float32), partner, c, s).to(values.dtype)
-    return values
+    PAGE: tl.constexpr = 1 << PAGE_BITS
+    SPLIT: tl.constexpr = WARPS * KEYS
+    PAGES: tl.constexpr = SPLIT // PAGE if SPLIT > PAGE else 1
+    at = split * (SPLIT // 8) + tl.arange(0, WARPS)[:, None] * (KEYS // 8) + tl.arange(0, KEYS // 8)[None, :]
+    at = at >> (PAGE_BITS - 3)
+    blocks = tl.load(table + sequence * table_row + at, mask=at < width, other=0)
+    own, earlier = blocks, blocks
+    if FAMILY > 1:
+        base = sequence // FAMILY * FAMILY
+        i = (base + tl.arange(0, FAMILY))[:, None]
+        at = (split * SPLIT // PAGE + tl.arange(0, PAGES))[None, :]
+        there = (i < sequences) & (at < width)
+        own = tl.load(table + i * table_row + at, mask=there, other=0)
+        earlier = tl.load(table + tl.maximum(i - 1, base) * table_row + at, mask=there, other=0)
+    return blocks, own, earlier
 
 
 @triton.jit
-def _last_part(
-    queries, k, v, cos, sin, k_cache, v_cache, table, last, stores, scale_log2, k_row, v_row, angle_row,
-    k_block, k_token, v_block, v_token, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """(m, a) of the token at ``last``; where k and v bring it, it is put into the cache if ``stores``."""
-    d = tl.arange(0, BLOCK_D)
-    there = (d < D) & (last >= 0)
-    block = tl.load(table + last // PAGE, mask=last >= 0, other=0).to(tl.int64)
-    k_at = k_cache + block * k_block + last % PAGE * k_token + d
-    v_at = v_cache + block * v_block + last % PAGE * v_token + d
-    if k is None:
-        key, value = tl.load(k_at, mask=there, other=0.0)[None, :], tl.load(v_at, mask=there, other=0.0)
-    else:
-        one = tl.zeros([1], tl.int64)
-        key = _heads(k, cos, sin, one + k_row, one + angle_row, one == 0, D, BLOCK_D)
-        value = tl.load(v + v_row + d, mask=there, other=0.0)
-        tl.store(k_at[None, :], key, mask=(there & stores)[None, :])
-        tl.store(v_at, value, mask=there & stores)
-    m = tl.sum(queries.to(tl.float32) * key.to(tl.float32), 1) * scale_log2
-    return m, tl.broadcast_to(value.to(tl.float32)[None, :], queries.shape)
-
-
-@triton.jit
-def _family(
-    table, context_lens, sequence, sequences, split, table_row,
-    PAGE: tl.constexpr, SPLIT: tl.constexpr, FAMILY: tl.constexpr,
-):  # fmt: skip
+def _family(own, earlier, lens, lens_earlier, sequence, split, SPLIT: tl.constexpr, FAMILY: tl.constexpr):
     """How many sequences from this one on have this split, full, in the same blocks; 0: an earlier one speaks for it.
 
-    None across a multiple of FAMILY.
+    None across a multiple of FAMILY, whose sequences have ``lens``; each has ``lens_earlier`` before it.
     """
-    PAGES: tl.constexpr = SPLIT // PAGE if SPLIT > PAGE else 1
-    base = sequence // FAMILY * FAMILY
-    member, page = tl.arange(0, FAMILY), tl.arange(0, PAGES)
-    i = base + member
-    before = tl.maximum(i - 1, base)
-    end = (split + 1) * SPLIT
-    full = tl.load(context_lens + i, mask=i < sequences, other=0) > end
-    full &= tl.load(context_lens + before, mask=i < sequences, other=0) > end
-    at = (split * SPLIT // PAGE + page)[None, :]
-    mask = full[:, None] & (page >= 0)[None, :]
-    own = tl.load(table + i[:, None] * table_row + at, mask=mask, other=0)
-    earlier = tl.load(table + before[:, None] * table_row + at, mask=mask, other=0)
+    member, base = tl.arange(0, FAMILY), sequence // FAMILY * FAMILY
+    full = tl.minimum(lens, lens_earlier) > (split + 1) * SPLIT
     joined = full & (member > 0) & (tl.max((own != earlier).to(tl.int32), 1) == 0)
-    led = tl.max(((i == sequence) & joined).to(tl.int32), 0)
-    stop = tl.min(tl.where((i > sequence) & (joined == 0), member, FAMILY), 0)
-    return tl.where(led > 0, 0, base + stop - sequence)
+    place = sequence - base
+    led = tl.max(((member == place) & joined).to(tl.int32), 0)
+    stop = tl.min(tl.where((member > place) & (joined == 0), member, FAMILY), 0)
+    return tl.where(led > 0, 0, stop - place)
+
+
+@triton.jit
+def _load_queries(
+    q, cos, sin, owner, head, inside, angle_token,
+    Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Low and high halves of query rows and their angles, each (ROWS, 32 CHUNKS, 1)."""
+    HALF: tl.constexpr = (D + 1) // 2
+    c = tl.arange(0, 32 * CHUNKS)[None, :, None]
+    at = q + (owner * Q_TOKEN + head * Q_HEAD)[:, None, None] + c
+    there = inside[:, None, None] & (c < HALF)
+    low = tl.load(at, mask=there, other=0.0)
+    high = tl.load(at + HALF, mask=there & (HALF + c < D), other=0.0)
+    turns, lifts = low, high
+    if cos is not None:
+        at = (owner * angle_token)[:, None, None] + c
+        turns, lifts = tl.load(cos + at, mask=there, other=0.0), tl.load(sin + at, mask=there, other=0.0)
+    return low, high, turns, lifts
+
+
+@triton.jit
+def _rotated(loaded, ROTATE: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, DTYPE: tl.constexpr):
+    """Queries (ROWS, 64 CHUNKS), their columns in the keys' order, of what ``_load_queries`` gave."""
+    low, high = loaded[0], loaded[1]
+    if ROTATE:
+        x, y = low.to(tl.float32), high.to(tl.float32)
+        low, high = turn(x, -y, loaded[2], loaded[3]), turn(y, x, loaded[2], loaded[3])
+    # Sums of one: every warp would else rotate what one rotation can share, and each load would wait for the last.
+    low, high = tl.sum(low, 2).to(DTYPE), tl.sum(high, 2).to(DTYPE)
+    queries = tl.join(low, high).reshape(ROWS, CHUNKS, 4, 2, 4, 2).permute(0, 5, 1, 3, 2, 4)
+    return queries.reshape(ROWS, 64 * CHUNKS)
 
 
 @triton.jit
@@ -141,6 +148,24 @@ def _load_dealt(at, there, LANES_FIRST: tl.constexpr):
 
 
 @triton.jit
+def _load_values(
+    v_cache, page, inner, base, last, v_block, V_TOKEN: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
+    WARPS: tl.constexpr, KEYS: tl.constexpr, LANES_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Values (WARPS, KEYS, 64 CHUNKS) of the groups of 8 keys from ``base`` (WARPS, KEYS // 8) on."""
+    t, g, i = tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, 8)
+    # Dimensions (t, g, w, j, odd, run, i): key 2 t + odd of a group, column 64 run + 8 g + i.
+    column = 8 * g[:, None, None, None, None, None] + (64 * tl.arange(0, CHUNKS)[:, None] + i)
+    number = 2 * t[:, None, None, None, None, None, None] + tl.arange(0, 2)[:, None, None]
+    at = (page * v_block + inner * V_TOKEN)[:, :, None, None, None] + number * V_TOKEN
+    there = base[:, :, None, None, None] + number < last
+    if D < 64 * CHUNKS:
+        there = there & (column < D)
+    value = _load_dealt(v_cache + at + column, there, LANES_FIRST)
+    return value.permute(2, 3, 0, 4, 5, 6, 1).reshape(WARPS, KEYS, 64 * CHUNKS)
+
+
+@triton.jit
 def _over_warps(x, WARPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sum of (WARPS, ROWS, COLUMNS) over the warps, in a tree: one exchange, then additions of registers."""
     x = x.permute(1, 2, 0)
@@ -156,43 +181,69 @@ def _over_warps(x, WARPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexp
     return x.reshape(ROWS, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["sequences", "slots"])
+@triton.jit(do_not_specialize=["sequences", "slots", "width"])
 def _parts_kernel(
-    q, cos, sin, k_cache, v_cache, block_table, context_lens, addresses, partial, stats, scale_log2,
-    sequences, slots, table_row, k_block, v_block, angle_token,
+    q, cos, sin, k_cache, v_cache, k_scales, v_scales, block_table, context_lens, addresses, partial, stats,
+    scale_log2, sequences, slots, width, table_row, k_block, v_block, scale_block, scale_token, scale_head,
+    angle_token,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
     V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     PAGE: tl.constexpr, PAGE_BITS: tl.constexpr, WARPS: tl.constexpr, KEYS: tl.constexpr, FAMILY: tl.constexpr,
-    ROWS: tl.constexpr, SEAT: tl.constexpr, CHUNKS: tl.constexpr, LANES_FIRST: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, SEAT: tl.constexpr, CHUNKS: tl.constexpr, LANES_FIRST: tl.constexpr, EARLY: tl.constexpr,
+    LEAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, key head, p) leaves the parts of splits p, p + P, ... of P programs.
 
-    Warp w has keys w * KEYS .. w * KEYS + KEYS - 1 of a split.
+    Warp w has keys w * KEYS .. w * KEYS + KEYS - 1 of a split. EARLY: of the inputs only q awaits the kernel before.
     """
     SPLIT: tl.constexpr = WARPS * KEYS
     HALF: tl.constexpr = (D + 1) // 2
+    LINE: tl.constexpr = 1024 // v_cache.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = triton.next_power_of_2((D + LINE - 1) // LINE)
     TOGETHER: tl.constexpr = ROWS // SEAT if FAMILY > 1 else 1
     sequence, kv_head, program = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     # Dimensions of a load: lanes (t of 4, g of 8), warps (w), groups of 8 keys (j), ..., runs of 8 values (i). Lanes
     # come first because that is how the compiler deals a tile out: it is then what tensor cores want.
     w, j = tl.arange(0, WARPS)[:, None], tl.arange(0, KEYS // 8)[None, :]
     t, g, i = tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, 8)
-    row, c = tl.arange(0, ROWS), tl.arange(0, 32 * CHUNKS)
+    row = tl.arange(0, ROWS)
     head, heads = kv_head * GROUP + row % SEAT, tl.num_programs(1) * GROUP
-    wait_for_inputs(PDL)
+    if PDL and not EARLY:
+        _wait_and_release()
+    # All that leads to the first keys is asked for at once; what leads to the next, while those are multiplied.
     last = tl.load(context_lens + sequence) - 1
+    blocks, own, earlier = _tables(
+        block_table, sequence, sequences, program, width, table_row, PAGE_BITS, WARPS, KEYS, FAMILY
+    )
+    lens, lens_earlier = last, last
+    if FAMILY > 1:
+        eldest = sequence // FAMILY * FAMILY
+        members = eldest + tl.arange(0, FAMILY)
+        lens = tl.load(context_lens + members, mask=members < sequences, other=0)
+        others = tl.maximum(members - 1, eldest)
+        lens_earlier = tl.load(context_lens + others, mask=members < sequences, other=0)
     k_cache = place(k_cache, addresses, 0) + kv_head * K_HEAD
     v_cache = place(v_cache, addresses, 1) + kv_head * V_HEAD
-    table = block_table + sequence * table_row
+    if k_scales is not None:
+        k_scales = place(k_scales, addresses, 2) + kv_head * scale_head
+        v_scales = place(v_scales, addresses, 3) + kv_head * scale_head
     for split in range(program, tl.cdiv(last, SPLIT), tl.num_programs(2)):
-        members = tl.full([], 1, tl.int64)
+        count = tl.full([], 1, tl.int64)
         if FAMILY > 1:
-            members = _family(
-                block_table, context_lens, sequence, sequences, split, table_row, PAGE, SPLIT, FAMILY
-            )
-        if members > 0:
+            count = _family(own, earlier, lens, lens_earlier, sequence, split, SPLIT, FAMILY)
+        page = blocks.to(tl.int64)
+        blocks, own, earlier = _tables(
+            block_table, sequence, sequences, split + tl.num_programs(2), width, table_row, PAGE_BITS, WARPS,
+            KEYS, FAMILY,
+        )  # fmt: skip
+        if count > 0:
+            inside = (row // SEAT < count) & (row % SEAT < GROUP)
+            # Queries of one turn come ahead of the keys, which take their time, or when they may be read.
+            if not EARLY and FAMILY <= TOGETHER:
+                rows = _load_queries(
+                    q, cos, sin, sequence + row // SEAT, head, inside, angle_token, Q_TOKEN, Q_HEAD, D, CHUNKS
+                )
             base = split * SPLIT + w * KEYS + 8 * j  # (w, j): the first of 8 keys
-            page = tl.load(table + (base >> PAGE_BITS), mask=base < last, other=0).to(tl.int64)
             inner = base & (PAGE - 1)
             # Keys (t, g, w, j, chunk, i): key g of a group, column 32 chunk + 8 t + i of the low half, then the high.
             chunk = tl.arange(0, 2 * CHUNKS)[:, None]
@@ -203,43 +254,63 @@ def _parts_kernel(
             if HALF < 32 * CHUNKS or 2 * HALF > D:
                 there = there & (column < HALF) & (chunk // CHUNKS * HALF + column < D)
             key = _load_dealt(k_cache + at + (chunk // CHUNKS * HALF + column), there, LANES_FIRST)
-            # Values (t, g, w, j, odd, run, i): key 2 t + odd of a group, column 64 run + 8 g + i.
-            column = 8 * g[:, None, None, None, None, None] + (64 * tl.arange(0, CHUNKS)[:, None] + i)
-            number = 2 * t[:, None, None, None, None, None, None] + tl.arange(0, 2)[:, None, None]
-            at = (page * v_block + inner * V_TOKEN)[:, :, None, None, None] + number * V_TOKEN
-            there = base[:, :, None, None, None] + number < last
-            if D < 64 * CHUNKS:
-                there = there & (column < D)
-            value = _load_dealt(v_cache + at + column, there, LANES_FIRST)
             keys = key.reshape(4, 8, WARPS, KEYS // 8, 2 * CHUNKS, 2, 4).permute(2, 4, 5, 0, 6, 3, 1)
             keys = keys.reshape(WARPS, 64 * CHUNKS, KEYS)
-            values = value.permute(2, 3, 0, 4, 5, 6, 1).reshape(WARPS, KEYS, 64 * CHUNKS)
-            for first in tl.range(0, members, TOGETHER, num_stages=1):
-                member = first + row // SEAT
-                inside = (member < members) & (row < TOGETHER * SEAT) & (row % SEAT < GROUP)
-                owner = sequence + member
-                # Queries, rotated, their columns in the keys' order.
-                q_at = q + (owner * Q_TOKEN + head * Q_HEAD)[:, None] + c[None, :]
-                q_there = inside[:, None] & (c < HALF)[None, :]
-                low = tl.load(q_at, mask=q_there, other=0.0)
-                high = tl.load(q_at + HALF, mask=q_there & (HALF + c < D)[None, :], other=0.0)
-                if cos is not None:
-                    x, y = low.to(tl.float32), high.to(tl.float32)
-                    angle_at = (owner * angle_token)[:, None] + c[None, :]
-                    turns = tl.load(cos + angle_at, mask=q_there, other=0.0)
-                    lifts = tl.load(sin + angle_at, mask=q_there, other=0.0)
-                    # A sum of one: the compiler would else rotate in every warp what one rotation can share.
-                    low = tl.sum(turn(x, -y, turns, lifts)[:, :, None], 2).to(value.dtype)
-                    high = tl.sum(turn(y, x, turns, lifts)[:, :, None], 2).to(value.dtype)
-                queries = tl.join(low, high).reshape(ROWS, CHUNKS, 4, 2, 4, 2).permute(0, 5, 1, 3, 2, 4)
-                queries = queries.reshape(1, ROWS, 64 * CHUNKS).broadcast_to(WARPS, ROWS, 64 * CHUNKS)
+            if LEAN:
+                if PDL:
+                    line = tl.arange(0, LINES)
+                    at = page * v_block + inner * V_TOKEN
+                    at = (
+                        v_cache
+                        + (at[:, :, None] + g * V_TOKEN)[:, :, :, None]
+                        + tl.minimum(line * LINE, D - 1)
+                    )
+                    prefetch(tl.where((base[:, :, None] + g < last)[:, :, :, None], at, v_cache))
+            else:
+                values = _load_values(
+                    v_cache, page, inner, base, last, v_block, V_TOKEN, D, CHUNKS, WARPS, KEYS, LANES_FIRST
+                )
+            if k_scales is not None:
+                at = (page * scale_block + inner * scale_token)[:, :, None] + g * scale_token
+                there = base[:, :, None] + g < last
+                k_scale = tl.load(k_scales + at, mask=there, other=0.0).reshape(WARPS, 1, KEYS)
+                v_scale = tl.load(v_scales + at, mask=there, other=0.0).reshape(WARPS, 1, KEYS)
+                # The largest of a warp is taken out: small ones would leave float16's range.
+                largest = tl.max(v_scale, 2)[:, :, None]
+                v_scale = v_scale / tl.where(largest > 0, largest, 1.0)
+            if PDL and EARLY:
+                _wait_and_release()
+            keys = keys.to(q.dtype.element_ty)
+            if not LEAN:
+                values = values.to(keys.dtype)
+            for first in tl.range(0, count, TOGETHER, num_stages=1):
+                owner = sequence + first + row // SEAT
+                if EARLY or FAMILY > TOGETHER:
+                    inside = (first + row // SEAT < count) & (row % SEAT < GROUP)
+                    rows = _load_queries(
+                        q, cos, sin, owner, head, inside, angle_token, Q_TOKEN, Q_HEAD, D, CHUNKS
+                    )
+                queries = _rotated(rows, cos is not None, ROWS, CHUNKS, keys.dtype)[None]
+                queries = queries.broadcast_to(WARPS, ROWS, 64 * CHUNKS)
                 scores = tl.dot(queries, keys, input_precision="ieee") * scale_log2
+                if k_scales is not None:
+                    scores *= k_scale
                 n = split * SPLIT + (tl.arange(0, WARPS) * KEYS)[:, None, None] + tl.arange(0, KEYS)
                 scores = tl.where(n < last, scores, float("-inf"))
                 m = tl.max(tl.max(scores, 2), 0)
                 p = tl.exp2(scores - m[None, :, None])
                 l = tl.sum(tl.sum(p, 2), 0)
-                part = tl.dot(p.to(value.dtype), values, input_precision="ieee")
+                if k_scales is not None:
+                    p *= v_scale
+                if LEAN:
+                    late = _load_values(
+                        v_cache, page, inner, base, last, v_block, V_TOKEN, D, CHUNKS, WARPS, KEYS, LANES_FIRST
+                    ).to(keys.dtype)  # fmt: skip
+                    part = tl.dot(p.to(keys.dtype), late, input_precision="ieee")
+                else:
+                    part = tl.dot(p.to(keys.dtype), values, input_precision="ieee")
+                if k_scales is not None:
+                    part *= largest
                 part = _over_warps(part, WARPS, ROWS, 64 * CHUNKS)
                 slot = (owner * heads + head) * slots + split
                 tl.store(stats + slot * 2, m, mask=inside)
@@ -249,51 +320,8 @@ def _parts_kernel(
                 tl.store(
                     partial + slot[:, None] * D + d[None, :], part, mask=inside[:, None] & (d < D)[None, :]
                 )
-
-
-@triton.jit(do_not_specialize=["slots"])
-def _merge_kernel(
-    q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, addresses, partial, stats, out, scale_log2,
-    slots, table_row, angle_token, q_token, q_head, new_k_token, new_k_head, new_v_token, new_v_head,
-    k_block, k_token, k_head, v_block, v_token, v_head, out_token, out_head,
-    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """out of one (sequence, head): its parts folded in order, AHEAD of them loaded together, then the last token."""
-    wait_for_inputs(PDL)
-    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    kv_head = head // GROUP
-    d, one = tl.arange(0, BLOCK_D), tl.zeros([1], tl.int64)
-    last = tl.load(context_lens + sequence) - 1
-    angle_row = sequence * angle_token
-    q_row = sequence * q_token + head * q_head
-    query = _heads(q, cos, sin, one + q_row, one + angle_row, one == 0, D, BLOCK_D)
-    m_last, last_part = _last_part(
-        query, k, v, cos, sin, place(k_cache, addresses, 0) + kv_head * k_head,
-        place(v_cache, addresses, 1) + kv_head * v_head, block_table + sequence * table_row, last, head % GROUP == 0,
-        scale_log2, sequence * new_k_token + kv_head * new_k_head, sequence * new_v_token + kv_head * new_v_head,
-        angle_row, k_block, k_token, v_block, v_token, D, PAGE, BLOCK_D,
-    )  # fmt: skip
-    first = (sequence * tl.num_programs(1) + head) * slots
-    parts = tl.cdiv(tl.maximum(last, 0), SPLIT)
-    m, l = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
-    acc = tl.zeros([1, BLOCK_D], tl.float32)
-    for begin in range(0, parts, AHEAD):
-        loaded = ()
-        for i in tl.static_range(AHEAD):
-            at, there = one + (first + begin + i), one + (begin + i) < parts
-            loaded = loaded + (
-                (
-                    tl.load(stats + 2 * at, mask=there, other=float("-inf")),
-                    tl.load(stats + 2 * at + 1, mask=there, other=0.0),
-                    tl.load(partial + at[:, None] * D + d, mask=there[:, None] & (d < D), other=0.0),
-                ),
-            )
-        for i in tl.static_range(AHEAD):
-            m, l, acc = _fold(m, l, acc, loaded[i][0], loaded[i][1], loaded[i][2])
-    m, l, acc = _fold(m, l, acc, m_last, tl.full([1], 1.0, tl.float32), last_part)
-    result = (acc / l[:, None]).to(out.dtype.element_ty)  # an empty context has one key and value, of zeros
-    tl.store(out + sequence * out_token + head * out_head + d[None, :], result, mask=(d < D)[None, :])
+    if PDL and EARLY and program == 0:  # somebody must wait, so that this kernel ends after the one before
+        _wait_and_release()
 
 
 def head_block(q):
@@ -311,7 +339,9 @@ def contiguous_rows(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def paged_decode(q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens, scale, addresses):
+def paged_decode(
+    q, k, v, cos, sin, k_cache, v_cache, k_scales, v_scales, block_table, context_lens, scale, addresses, early=False
+):  # fmt: skip
     """Decode; with ``k`` and ``v`` these are stored as the last of each context, else they stand there already."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(q) == 0:
@@ -328,6 +358,8 @@ def paged_decode(q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens,
         cos, sin = cos.contiguous(), sin.contiguous()
         angle_stride = cos.stride(0)
     splits = triton.cdiv(table.shape[1] * page, split)
+    tile, seat = (max(least, triton.next_power_of_2(group)) for least in (16, 8))
+    family = FAMILY if splits > SHORT else min(FAMILY, tile // seat)
     programs = max(1, min(splits, triton.cdiv(PROGRAMS, tokens * kv_heads)))
     chunk = min(tokens, max(1, WORKSPACE // (4 * heads * max(1, splits) * (dim + 2))))
     partial = torch.empty(chunk * heads * splits * dim, dtype=torch.float32, device=q.device)
@@ -337,20 +369,22 @@ def paged_decode(q, k, v, cos, sin, k_cache, v_cache, block_table, context_lens,
         part = slice(start, min(start + chunk, tokens))
         some = [x if x is None or chunk == tokens else x[part] for x in (q, k, v, cos, sin, table, lens, out)]
         some_q, some_k, some_v, *angles, some_table, some_lens, some_out = some
-        shared = k_cache, v_cache, some_table, some_lens, addresses, partial, stats
+        shared = k_cache, v_cache, k_scales, v_scales, some_table, some_lens, addresses, partial, stats
         with _runtime.launch_on(q):
             _parts_kernel[(len(some_lens), kv_heads, programs)](
-                some_q, *angles, *shared, scale * LOG2_E, len(some_lens), splits, table.stride(0),
-                k_cache.stride(0), v_cache.stride(0), angle_stride, *q_strides, *k_cache.stride()[1:3],
-                *v_cache.stride()[1:3], GROUP=group, D=dim, PAGE=page, PAGE_BITS=page.bit_length() - 1, WARPS=warps,
-                KEYS=keys, FAMILY=FAMILY, ROWS=max(16, triton.next_power_of_2(group)),
-                SEAT=max(8, triton.next_power_of_2(group)), CHUNKS=triton.next_power_of_2(triton.cdiv(dim, 64)),
-                LANES_FIRST=LANES_FIRST, num_warps=warps, num_stages=1, **launch,
+                some_q, *angles, *shared, scale * LOG2_E, len(some_lens), splits, table.shape[1], table.stride(0),
+                k_cache.stride(0), v_cache.stride(0), *scale_strides(k_scales), angle_stride, *q_strides,
+                *k_cache.stride()[1:3], *v_cache.stride()[1:3],
+                GROUP=group, D=dim, PAGE=page, PAGE_BITS=page.bit_length() - 1, WARPS=warps,
+                KEYS=keys, FAMILY=family, ROWS=tile, SEAT=seat,
+                CHUNKS=triton.next_power_of_2(triton.cdiv(dim, 64)),
+                LANES_FIRST=LANES_FIRST, EARLY=early and tokens <= EARLY_ROWS, LEAN=LEAN,
+                num_warps=warps, num_stages=1, **launch,
             )  # fmt: skip
             _merge_kernel[(len(some_lens), heads)](
                 some_q, some_k, some_v, *angles, *shared, some_out, scale * LOG2_E, splits, table.stride(0),
                 angle_stride, *q_strides, *new_strides, *k_cache.stride()[:3], *v_cache.stride()[:3],
-                *out.stride()[:2], GROUP=group, D=dim, PAGE=page, SPLIT=split, BLOCK_D=block_d, AHEAD=4,
-                num_warps=1, **launch,
+                *scale_strides(k_scales), *out.stride()[:2], GROUP=group, D=dim, PAGE=page, SPLIT=split,
+                BLOCK_D=block_d, AHEAD=4, num_warps=1, **launch,
             )  # fmt: skip
     return out

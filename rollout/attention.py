@@ -35,6 +35,9 @@ class PagedAttention:
     """Attention over the paged KV cache: stores the new keys and values, then reads through the block tables.
 
     All tokens of a call are stored before any is read, so sequences of one call may share new blocks.
+
+    Decode vouches for all but q, k and v (``settled``): tables, lengths and earlier tokens are older than the step,
+    and the transformer's embedding, torch's own kernel, starts when they and the angles are complete.
     """
 
     def __init__(self, cache, slot_mapping, source, block_table, context_lens, cu_seqlens_q=None):
@@ -50,16 +53,17 @@ class PagedAttention:
         self.cu_seqlens_q = cu_seqlens_q
 
     def __call__(self, layer, q, k, v, cos, sin):
-        k_cache, v_cache = self.cache.layer(layer)
+        caches, scales = self.cache.layer(layer), self.cache.scales(layer)
         addresses = None if self.cache.addresses is None else self.cache.addresses[layer]
         if self.slot_mapping is None:
             return append_attention(
-                q, k, v, k_cache, v_cache, self.block_table, self.context_lens,
-                addresses=addresses, rotation=(cos, sin),
+                q, k, v, *caches, self.block_table, self.context_lens,
+                addresses=addresses, rotation=(cos, sin), settled=True, scales=scales,
             )  # fmt: skip
         q, k = rotary(q, k, cos, sin)
-        store_kv(k[self.source], v[self.source], k_cache, v_cache, self.slot_mapping, addresses=addresses)
+        new = k[self.source], v[self.source]
+        store_kv(*new, *caches, self.slot_mapping, addresses=addresses, scales=scales)
         return paged_attention(
-            q, k_cache, v_cache, self.block_table, self.context_lens,
-            cu_seqlens_q=self.cu_seqlens_q, addresses=addresses,
+            q, *caches, self.block_table, self.context_lens,
+            cu_seqlens_q=self.cu_seqlens_q, addresses=addresses, scales=scales,
         )  # fmt: skip

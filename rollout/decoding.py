@@ -259,8 +259,10 @@ def decode_step(model, cache, draw, state):
 class Decoder:
     """Runs a policy's prefills and decode steps: on a GPU by CUDA graphs, which are kept from call to call."""
 
-    def __init__(self, policy, *, graphs):
+    def __init__(self, policy, *, graphs, kv_dtype=None):
+        """kv_dtype: of the cache, torch.int8 for codes with scales; None: the policy's."""
         self.policy = policy
+        self.kv_dtype = kv_dtype or policy.dtype
         self.on_gpu = policy.device.type == "cuda"
         self.graphs = StepGraphs(policy) if graphs and self.on_gpu else None
         self.looks_ahead = self.on_gpu  # elsewhere steps are done when their launch returns
@@ -268,14 +270,15 @@ class Decoder:
         self.addresses = None
         if self.on_gpu:
             layers = policy.config.num_hidden_layers
-            self.addresses = torch.zeros(layers, 2, dtype=torch.int64, device=policy.device)
+            each = 4 if self.kv_dtype == torch.int8 else 2
+            self.addresses = torch.zeros(layers, each, dtype=torch.int64, device=policy.device)
 
     def cache(self, num_blocks, block_size):
         """A ``KVCache`` that the captured steps can read; out of memory, what they work in makes room for it."""
         policy = self.policy
         make = lambda: KVCache(
             policy.config, num_blocks, block_size,
-            device=policy.device, dtype=policy.dtype, addresses=self.addresses,
+            device=policy.device, dtype=self.kv_dtype, addresses=self.addresses,
         )  # fmt: skip
         try:
             return make()

@@ -6,6 +6,7 @@ arXiv 2309.06180).
 """
 
 import contextlib
+import math
 
 import numpy as np
 import torch
@@ -99,10 +100,14 @@ class BlockAllocator:
 
 
 class KVCache:
-    """Keys and values of all layers in one tensor (num_blocks, layers, 2, block_size, KV heads, head_dim).
+    """Keys and values of all layers in one tensor (layers, num_blocks, 2, block_size, KV heads, head_dim).
 
-    Strides do not depend on num_blocks, and a block of all layers is one piece of memory. On a GPU ``addresses``
-    (layers, 2) int64 holds where the keys and the values of each layer begin: kernels that were captured in a CUDA
+    With dtype int8 they are codes with a float32 scale for each row of head_dim, which decoded errs by at most 1/254
+    of the row's largest value (see ``kernels.kv_store``); data is then (layers, num_blocks, 2, bytes), a block's
+    codes and behind them its scales.
+
+    Strides within a layer do not depend on num_blocks. On a GPU ``addresses`` (layers, 2) int64 (codes: 4)
+    holds where the keys and the values of each layer begin, and their scales: kernels that were captured in a CUDA
     graph read it when they run, so a graph serves a later cache of other size and place, given the same
     ``addresses``. steps: the captured steps that have been looked up for this cache, by key.
     """
@@ -110,34 +115,48 @@ class KVCache:
     def __init__(self, config, num_blocks, block_size, *, device, dtype, addresses=None):
         self.block_size = block_size
         self.num_blocks = num_blocks
-        layers = config.num_hidden_layers
-        shape = (num_blocks, layers, 2, block_size, config.num_key_value_heads, config.head_dim)
+        layers, self.rows = config.num_hidden_layers, (block_size, config.num_key_value_heads)
+        shape = *self.rows, config.head_dim
+        self.codes = math.prod(shape) if dtype == torch.int8 else None  # bytes of a block, without its scales
+        if self.codes is not None:
+            shape = (self.codes + 4 * math.prod(self.rows),)
         # Apart from all other memory: it goes back whole, and nothing that outlives a rollout settles in its place.
         pool = torch.cuda.MemPool() if torch.device(device).type == "cuda" else None
         with contextlib.nullcontext() if pool is None else torch.cuda.use_mem_pool(pool, device):
-            self.data = torch.empty(shape, device=device, dtype=dtype)
+            self.data = torch.empty((layers, num_blocks, 2, *shape), device=device, dtype=dtype)
         self.pool = pool  # after the data, which it outlives
         self.steps = {}
         self.addresses = addresses
         if addresses is not None:
-            step = self.data.stride(2) * dtype.itemsize
-            starts = [self.data.data_ptr() + i * step for i in range(2 * layers)]
-            addresses.copy_(torch.tensor(starts).view(layers, 2))
+            starts = [
+                [x.data_ptr() for x in (*self.layer(i), *(self.scales(i) or ()))] for i in range(layers)
+            ]
+            addresses.copy_(torch.tensor(starts))
 
     @staticmethod
     def bytes_per_block(config, block_size, dtype):
-        width = config.num_key_value_heads * config.head_dim
-        return 2 * config.num_hidden_layers * block_size * width * dtype.itemsize
+        width = config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
+        return 2 * config.num_hidden_layers * block_size * config.num_key_value_heads * width
 
     def layer(self, index):
         """(k_cache, v_cache) of one layer, each (num_blocks, block_size, KV heads, head_dim)."""
-        return self.data[:, index, 0], self.data[:, index, 1]
+        k, v = self.data[index].unbind(1)
+        if self.codes is not None:
+            k, v = (x[:, : self.codes].unflatten(1, (*self.rows, -1)) for x in (k, v))
+        return k, v
+
+    def scales(self, index):
+        """Those of the codes that ``layer`` gives, each (num_blocks, block_size, KV heads); None without codes."""
+        if self.codes is None:
+            return None
+        k, v = self.data[index, :, :, self.codes :].view(torch.float32).unflatten(2, self.rows).unbind(1)
+        return k, v
 
     def copy_blocks(self, pairs):
         """Copy whole blocks, all layers at once; pairs: (source, destination) block ids, none both."""
         for start in range(0, len(pairs), COPIED_AT_ONCE):
             source, destination = on_device(pairs[start : start + COPIED_AT_ONCE], self.data.device).unbind(1)
-            self.data[destination] = self.data[source]
+            self.data[:, destination] = self.data[:, source]
 
 
 def on_device(values, device):

@@ -106,38 +106,73 @@ def test_check_invariants_sees_a_leak():
         allocator.check_invariants()
 
 
-def test_cache_tensors_and_copies():
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+
+
+def filled(config, num_blocks, dtype, **options):
+    cache = KVCache(config, num_blocks, 16, device="cpu", dtype=dtype, **options)
+    cache.data.copy_(torch.randint(-128, 128, cache.data.shape))
+    return cache
+
+
+@DTYPES
+def test_cache_tensors_and_copies(dtype):
     config = small_config()
-    cache = KVCache(config, 5, 16, device="cpu", dtype=torch.float32)
-    expected = 2 * config.num_hidden_layers * 5 * 16 * config.num_key_value_heads * config.head_dim * 4
-    assert cache.data.nbytes == expected == 5 * KVCache.bytes_per_block(config, 16, torch.float32)
-    cache.data.copy_(torch.randn(cache.data.shape))
-    before = cache.data.clone()
+    cache = filled(config, 5, dtype)
+    row = config.head_dim * 4 if dtype == torch.float32 else config.head_dim + 4
+    expected = 2 * config.num_hidden_layers * 5 * 16 * config.num_key_value_heads * row
+    assert cache.data.nbytes == expected == 5 * KVCache.bytes_per_block(config, 16, dtype)
+    before, size = cache.data.clone().flatten(3), 16 * config.num_key_value_heads * config.head_dim
     k, v = cache.layer(1)
-    assert torch.equal(k, before[:, 1, 0]) and torch.equal(v, before[:, 1, 1])
-    assert k.data_ptr() == cache.data[:, 1].data_ptr(), "a layer must be a view"
+    assert k.shape == v.shape == (5, 16, config.num_key_value_heads, config.head_dim)
+    for i, x in enumerate((k, v)):
+        assert torch.equal(x.flatten(1), before[1, :, i, :size])
+    assert k.data_ptr() == cache.data[1].data_ptr(), "a layer must be a view"
     cache.copy_blocks([])
-    assert torch.equal(cache.data, before)
+    assert torch.equal(cache.data.flatten(3), before)
     cache.copy_blocks([(0, 3), (0, 4), (1, 2)])
-    assert torch.equal(cache.data, before[[0, 1, 1, 0, 0]])
+    assert torch.equal(cache.data.flatten(3), before[:, [0, 1, 1, 0, 0]])
 
 
-def test_many_blocks_are_copied_in_parts():
+def test_codes_hold_nearly_twice_the_tokens():
+    sizes = [KVCache.bytes_per_block(small_config(head_dim=128), 16, x) for x in (torch.bfloat16, torch.int8)]
+    assert sizes[0] / sizes[1] == 256 / 132
+
+
+def test_scales_stand_behind_the_codes_of_their_block():
+    config = small_config()
+    cache = KVCache(config, 3, 16, device="cpu", dtype=torch.int8)
+    cache.data.zero_()
+    assert KVCache(config, 3, 16, device="cpu", dtype=torch.float16).scales(0) is None
+    number = 0
+    for layer in range(config.num_hidden_layers):
+        for scale, codes in zip(cache.scales(layer), cache.layer(layer), strict=True):
+            assert scale.shape == codes.shape[:3] and scale.dtype == torch.float32
+            scale.copy_(torch.arange(number, number + scale.numel()).view(scale.shape))
+            number += scale.numel()
+            assert (codes == 0).all(), "a scale lies in the codes"
+    everything = torch.cat([x.flatten() for i in range(config.num_hidden_layers) for x in cache.scales(i)])
+    assert torch.equal(everything, torch.arange(number).float()), "two scales share a place"
+
+
+@DTYPES
+def test_many_blocks_are_copied_in_parts(dtype):
     count = COPIED_AT_ONCE + 3
-    cache = KVCache(small_config(), 2 * count, 16, device="cpu", dtype=torch.float32)
-    cache.data.copy_(torch.randn(cache.data.shape))
-    before = cache.data[:count].clone()
+    cache = filled(small_config(), 2 * count, dtype)
+    before = cache.data[:, :count].clone()
     cache.copy_blocks([(i, 2 * count - 1 - i) for i in range(count)])
-    assert torch.equal(cache.data[:count], before) and torch.equal(cache.data[count:].flip(0), before)
+    assert torch.equal(cache.data[:, :count], before) and torch.equal(cache.data[:, count:].flip(1), before)
 
 
-def test_addresses_say_where_each_layer_begins_in_caches_of_any_size():
+@DTYPES
+def test_addresses_say_where_each_layer_begins_in_caches_of_any_size(dtype):
     config, strides = small_config(), set()
-    addresses = torch.zeros(config.num_hidden_layers, 2, dtype=torch.int64)
+    addresses = torch.zeros(config.num_hidden_layers, 4 if dtype == torch.int8 else 2, dtype=torch.int64)
     for num_blocks in (3, 7):
-        cache = KVCache(config, num_blocks, 16, device="cpu", dtype=torch.float16, addresses=addresses)
-        for index, (k_address, v_address) in enumerate(addresses.tolist()):
-            k, v = cache.layer(index)
-            assert (k.data_ptr(), v.data_ptr()) == (k_address, v_address)
-            strides.add((k.stride(), v.stride()))
+        cache = filled(config, num_blocks, dtype, addresses=addresses)
+        for index, own in enumerate(addresses.tolist()):
+            tensors = *cache.layer(index), *(cache.scales(index) or ())
+            assert [x.data_ptr() for x in tensors] == own
+            assert all(address % 16 == 0 for address in own), "kernels take them as multiples of 16"
+            strides.add(tuple(x.stride() for x in tensors))
     assert len(strides) == 1

@@ -11,7 +11,7 @@ from cross_compile import assert_compiles, every_card
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nanogrpo.kernels import append_attention, rotary, store_kv
-from nanogrpo.kernels.kv_store import _store_kv_triton, store_kv_ref
+from nanogrpo.kernels.kv_store import _store_kv_triton, quantize_rows_ref, store_kv_ref
 from nanogrpo.kernels.paged_attention import paged_attention, paged_attention_ref
 from numerics import EPS, assert_no_worse_than
 
@@ -42,6 +42,14 @@ def paged(contexts, kv_heads, dim, *, dtype, page=16, spare=1, device="cpu", see
     return [x.to(device) for x in (*caches, table.int(), lens)]
 
 
+def eight_bit(k_cache, v_cache, *others):
+    """The same as int8 codes, with scales that are NaN wherever no key stands."""
+    (k_codes, k_scale), (v_codes, v_scale) = map(quantize_rows_ref, (k_cache, v_cache))
+    for scale, cache in ((k_scale, k_cache), (v_scale, v_cache)):
+        scale[cache.isnan().any(-1)] = torch.nan
+    return (k_codes, v_codes, *others), (k_scale, v_scale)
+
+
 def queries(counts, heads, dim, *, dtype, device="cpu", seed=1):
     q = torch.randn(sum(counts), heads, dim, generator=torch.Generator().manual_seed(seed))
     cu_seqlens = torch.tensor([0, *counts]).cumsum(0).int()
@@ -49,6 +57,7 @@ def queries(counts, heads, dim, *, dtype, device="cpu", seed=1):
 
 
 def assert_correct(q, k_cache, v_cache, table, lens, **options):
+    """With scales in ``options`` the caches are codes, and the truth is attention over what these stand for."""
     ours = paged_attention(q, k_cache, v_cache, table, lens, **options)
     assert ours.dtype == q.dtype
     plain = paged_attention_ref(q, k_cache, v_cache, table, lens, **options)
@@ -70,12 +79,14 @@ def batches(draw):
     return contexts, counts, kv_heads, group, dim, page, dtype, draw(st.integers(0, 2**31))
 
 
-@given(batches())
-def test_decode_matches_reference(batch):
+@given(batches(), st.booleans())
+def test_decode_matches_reference(batch, codes):
     contexts, _, kv_heads, group, dim, page, dtype, seed = batch
-    cache = paged(contexts, kv_heads, dim, dtype=dtype, page=page, seed=seed)
+    cache, scales = paged(contexts, kv_heads, dim, dtype=dtype, page=page, seed=seed), None
     q, _ = queries([1] * len(contexts), kv_heads * group, dim, dtype=dtype, seed=seed + 1)
-    out = assert_correct(q, *cache)
+    if codes:
+        cache, scales = eight_bit(*cache)
+    out = assert_correct(q, *cache, scales=scales)
     assert (out[cache[3] == 0] == 0).all()
 
 
@@ -85,7 +96,7 @@ def last_slots(table, lens, page):
     return torch.where(last < 0, -1, block * page + last % page)
 
 
-def assert_append_is_store_and_attention(cache, heads, *, dtype, rotated, scale=None, seed=0):
+def assert_append_is_store_and_attention(cache, heads, *, dtype, rotated, codes=False, scale=None, seed=0):
     *caches, table, lens = cache
     (page, kv_heads, dim), S, device = caches[0].shape[1:], len(lens), lens.device
     generator = torch.Generator().manual_seed(seed)
@@ -95,44 +106,79 @@ def assert_append_is_store_and_attention(cache, heads, *, dtype, rotated, scale=
     angles = 3 * draw(dim // 2, S).T
     rotation = (angles.cos(), angles.sin()) if rotated else None
     turned = rotary(q, k, *rotation) if rotated else (q, k)
+    if codes:
+        caches = [x for pair in eight_bit(*caches) for x in pair]
     stored, appended = [x.clone() for x in caches], [x.clone() for x in caches]
-    store_kv(turned[1], v, *stored, last_slots(table, lens, page))
-    expected = assert_correct(turned[0], *stored, table, lens, scale=scale)
-    ours = append_attention(q, k, v, *appended, table, lens, scale=scale, rotation=rotation)
+    store_kv(turned[1], v, *stored[:2], last_slots(table, lens, page), scales=tuple(stored[2:]) or None)
+    expected = assert_correct(
+        turned[0], *stored[:2], table, lens, scale=scale, scales=tuple(stored[2:]) or None
+    )
+    ours = append_attention(
+        q,
+        k,
+        v,
+        *appended[:2],
+        table,
+        lens,
+        scale=scale,
+        rotation=rotation,
+        scales=tuple(appended[2:]) or None,
+    )
     for a, b in zip((ours, *appended), (expected, *stored), strict=True):
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
 
 @fewer
-@given(batches(), st.sampled_from([None, 0.3]), st.booleans())
-def test_append_equals_rotation_store_and_decode(batch, scale, rotated):
+@given(batches(), st.sampled_from([None, 0.3]), st.booleans(), st.booleans())
+def test_append_equals_rotation_store_and_decode(batch, scale, rotated, codes):
     contexts, _, kv_heads, group, dim, page, dtype, seed = batch
     cache = paged(contexts, kv_heads, dim, dtype=dtype, page=page, seed=seed)
     assert_append_is_store_and_attention(
-        cache, kv_heads * group, dtype=dtype, rotated=rotated, scale=scale, seed=seed
+        cache, kv_heads * group, dtype=dtype, rotated=rotated, codes=codes, scale=scale, seed=seed
     )
 
 
-@given(batches(), st.sampled_from([None, 0.3]))
-def test_prefill_matches_reference(batch, scale):
+@given(batches(), st.sampled_from([None, 0.3]), st.booleans())
+def test_prefill_matches_reference(batch, scale, codes):
     contexts, counts, kv_heads, group, dim, page, dtype, seed = batch
-    cache = paged(contexts, kv_heads, dim, dtype=dtype, page=page, seed=seed)
+    cache, scales = paged(contexts, kv_heads, dim, dtype=dtype, page=page, seed=seed), None
     q, cu_seqlens = queries(counts, kv_heads * group, dim, dtype=dtype, seed=seed + 1)
-    assert_correct(q, *cache, cu_seqlens_q=cu_seqlens, scale=scale)
+    if codes:
+        cache, scales = eight_bit(*cache)
+    assert_correct(q, *cache, cu_seqlens_q=cu_seqlens, scale=scale, scales=scales)
 
 
-@given(batches())
-def test_store_kv_writes_its_slots_and_no_other(batch):
+@given(batches(), st.booleans())
+def test_store_kv_writes_its_slots_and_no_other(batch, codes):
     contexts, _, kv_heads, _, dim, page, dtype, seed = batch
     generator, tokens = torch.Generator().manual_seed(seed), sum(contexts) % 67
     ours = [torch.randn(8, page, kv_heads, dim, generator=generator).to(dtype) for _ in range(2)]
+    if codes:
+        ours = [x for pair in eight_bit(*ours) for x in pair]
     expected = [cache.clone() for cache in ours]
     k, v = torch.randn(2, kv_heads, tokens, dim, generator=generator).to(dtype).transpose(1, 2)
     slots = torch.randperm(8 * page, generator=generator)[:tokens]
     slots[::3] = -1
-    store_kv(k, v, *ours, slots)
-    store_kv_ref(k, v, *expected, slots)
+    store_kv(k, v, *ours[:2], slots, scales=tuple(ours[2:]) or None)
+    store_kv_ref(k, v, *expected[:2], slots, tuple(expected[2:]) or None)
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@given(st.sampled_from(DTYPES), st.sampled_from([1e-30, 1e-4, 1.0, 300.0]), st.integers(0, 2**31))
+def test_codes_are_within_the_stated_error(dtype, size, seed):
+    """|x' - x| <= max|x| / 254 of its row, beside float32's rounding of the scale and of the quotient."""
+    generator = torch.Generator().manual_seed(seed)
+    x = (size * torch.randn(5, 3, 24, generator=generator)).to(dtype)
+    x[0, 0] = 0  # a row without a scale
+    codes, scale = torch.zeros(1, 16, 3, 24, dtype=torch.int8), torch.full((1, 16, 3), torch.nan)
+    store_kv(x, x, codes, codes.clone(), torch.arange(5), scales=(scale, scale.clone()))
+    decoded = scale[0, :5, :, None].double() * codes[0, :5].double()
+    most = x.double().abs().amax(-1, keepdim=True)
+    assert ((decoded - x.double()).abs() <= most * (1 / 254 + 2**-20)).all()
+    assert codes[0, :5].abs().amax(-1)[most[..., 0] > 0].eq(127).all(), "a row uses the whole range"
+    # ... and none narrower than stated: some value lies near the middle between two codes.
+    worst = ((decoded - x.double()).abs() / most.clamp(min=1e-300)).max()
+    assert most.max() == 0 or worst > 0.9 / 254
 
 
 def test_decode_of_a_position_agrees_with_its_prefill_row(device):
@@ -319,6 +365,9 @@ GOOD = {
 }
 
 
+CODES = {name: torch.zeros(3, 16, 2, 16, dtype=torch.int8) for name in ("k_cache", "v_cache")}
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -332,6 +381,16 @@ GOOD = {
             {"k_cache": torch.zeros(3, 24, 2, 16), "v_cache": torch.zeros(3, 24, 2, 16)},
             "power of two >= 16, got .3, 24, 2, 16.",
         ),
+        (
+            {"k_cache": torch.zeros(3, 16, 2, 16, dtype=torch.int8)},
+            "torch.int8 with scales, got .* caches of torch.int8",
+        ),
+        ({"scales": (torch.zeros(3, 16, 2),) * 2}, "got torch.float32 and caches of .* with scales"),
+        (
+            CODES | {"scales": (torch.zeros(3, 16, 2), torch.zeros(3, 2, 16))},
+            r"scales must be .*3, 16, 2.*float32",
+        ),
+        (CODES | {"scales": (torch.zeros(3, 16, 2), torch.zeros(3, 2, 16).mT)}, "scales lie differently"),
         ({"k_cache": torch.zeros(3, 16, 2, 32)[..., ::2]}, "caches contiguous in D, got strides .*2. and"),
         ({"block_table": torch.zeros(2, 1, dtype=torch.int64)}, "block_table must be .* torch.int32"),
         ({"block_table": torch.zeros(2, dtype=torch.int32)}, "block_table must be"),
@@ -375,22 +434,22 @@ def test_wrong_store_raises(k, slots, message):
         store_kv(k, torch.zeros(2, 2, 16), GOOD["k_cache"], GOOD["v_cache"], slots)
 
 
-def test_operators_pass_opcheck(device):
+@pytest.mark.parametrize("codes", [False, True])
+def test_operators_pass_opcheck(device, codes):
     k_cache, v_cache, table, lens = paged([20, 5], 1, 16, dtype=torch.float32, device=device)
-    k_cache, v_cache = k_cache.nan_to_num(), v_cache.nan_to_num()  # opcheck compares with ==
+    caches, scales = (k_cache.nan_to_num(), v_cache.nan_to_num()), (None, None)  # opcheck compares with ==
+    if codes:
+        caches, scales = eight_bit(*caches)
     q, cu_seqlens = queries([3, 5], 2, 16, dtype=torch.float32, device=device)
+    check, ops = torch.library.opcheck, torch.ops.nanogrpo
     for bounds in (cu_seqlens, None):
         rows = q if bounds is not None else q[:2]
-        torch.library.opcheck(
-            torch.ops.nanogrpo.paged_attention, (rows, k_cache, v_cache, table, lens, bounds, 0.25, None)
-        )
+        check(ops.paged_attention, (rows, *caches, table, lens, bounds, 0.25, None, *scales))
     new, lens = q[:2, :1], lens - 1
-    torch.library.opcheck(
-        torch.ops.nanogrpo.append_attention,
-        (q[:2], new, new, k_cache, v_cache, table, lens, 0.25, None, *torch.randn(2, 2, 8, device=device)),
-    )
+    angles = torch.randn(2, 2, 8, device=device)
+    check(ops.append_attention, (q[:2], new, new, *caches, table, lens, 0.25, None, *angles, False, *scales))
     slots = torch.tensor([1, -1], device=device)
-    torch.library.opcheck(torch.ops.nanogrpo.store_kv, (q[:2, :1], q[2:4, :1], k_cache, v_cache, slots, None))
+    check(ops.store_kv, (q[:2, :1], q[2:4, :1], *caches, slots, None, *scales))
 
 
 @pytest.mark.skipif(INTERPRET, reason="torch.compile does not trace the interpreter")
@@ -410,34 +469,34 @@ def test_compiles_to_one_graph(device):
 
 @every_card
 @pytest.mark.skipif(INTERPRET, reason="compiles, so needs the compiler")
-@pytest.mark.parametrize("dim", [64, 96, 256])
-def test_kernels_compile_for_every_card(cc, dim):
+@pytest.mark.parametrize("dim, codes", [(64, False), (96, False), (256, False), (128, True)])
+def test_kernels_compile_for_every_card(cc, dim, codes):
     """One head dimension for each row of CONFIGS that 16-bit queries take."""
-    assert_all_compile(cc, dim, torch.bfloat16)
+    assert_all_compile(cc, dim, torch.bfloat16, codes)
 
 
 @pytest.mark.skipif(INTERPRET, reason="compiles, so needs the compiler")
 @pytest.mark.parametrize("dim", [128, 256])
 def test_float32_kernels_fit_the_smallest_card(dim):
-    assert_all_compile(86, dim, torch.float32)
+    assert_all_compile(86, dim, torch.float32, codes=dim == 256)
 
 
-def assert_all_compile(cc, dim, dtype):
-    cache = paged([300, 5], 2, dim, dtype=dtype)
+def assert_all_compile(cc, dim, dtype, codes):
+    """``settled`` decode of few blocks, the usual one, prefill and the store."""
+    *caches, table, lens = paged([300, 5], 2, dim, dtype=dtype)
     q, cu_seqlens = queries([3, 5], 6, dim, dtype=dtype)
-    addresses = torch.tensor([cache[0].data_ptr(), cache[1].data_ptr()])
+    addresses, angles = torch.zeros(4, dtype=torch.int64), torch.ones(2, dim // 2)
+    caches, scales = eight_bit(*caches) if codes else (caches, (None, None))
+    new, narrow = (q[:2], q[:2, :2], q[2:4, :2]), table[:, :1]
 
     def launch():
-        module._paged_attention_triton(q[:2], *cache, None, 0.1, addresses)
-        module._append_attention_triton(
-            q[:2], q[:2, :2], q[2:4, :2], *cache[:2], cache[2][:, :1], cache[3], 0.1, addresses, None, None
-        )
-        angles = torch.ones(2, dim // 2)
-        module._append_attention_triton(
-            q[:2], q[:2, :2], q[2:4, :2], *cache[:2], cache[2], cache[3], 0.1, addresses, angles, angles
-        )
-        module._paged_attention_triton(q, *cache, cu_seqlens, 0.1, addresses)
-        _store_kv_triton(q[:2, :2], q[:2, 2:4], *cache[:2], torch.tensor([1, 2]), addresses)
+        module._paged_attention_triton(q[:2], *caches, table, lens, None, 0.1, addresses, *scales)
+        for rotation in ((None, None), (angles, angles)):
+            module._append_attention_triton(
+                *new, *caches, narrow, lens, 0.1, addresses, *rotation, True, *scales
+            )
+        module._paged_attention_triton(q, *caches, table, lens, cu_seqlens, 0.1, addresses, *scales)
+        _store_kv_triton(q[:2, :2], q[:2, 2:4], *caches, torch.tensor([1, 2]), addresses, *scales)
 
     assert_compiles(launch, cc, ["_parts_kernel", "_merge_kernel", "_prefill_kernel", "_store_kv_kernel"])
 
@@ -452,8 +511,10 @@ def test_gpu_shapes(dtype, heads, kv_heads, dim):
     counts = [min(context, 333) for context in contexts]
     q, cu_seqlens = queries(counts, heads, dim, dtype=dtype, device="cuda")
     assert_correct(q, *cache, cu_seqlens_q=cu_seqlens)
-    for rotated in (False, True):
-        assert_append_is_store_and_attention(cache, heads, dtype=dtype, rotated=rotated)
+    for rotated, codes in ((False, False), (True, False), (True, True)):
+        assert_append_is_store_and_attention(cache, heads, dtype=dtype, rotated=rotated, codes=codes)
+    cache, scales = eight_bit(*cache)
+    assert_correct(q, *cache, cu_seqlens_q=cu_seqlens, scales=scales)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,11 @@ import weakref
 import pytest
 import torch
 from checkpoints import small_config
+from nanogrpo.kernels import rotary
+from nanogrpo.kernels.kv_store import quantize_rows_ref
+from nanogrpo.kernels.tree_attention import tree_attention_ref
 from nanogrpo.rollout import LoraConfig, Policy, Sampler, SamplingParams, resolve_checkpoint
+from nanogrpo.rollout.attention import TreeAttention
 from nanogrpo.rollout.kv_cache import KVCache
 from nanogrpo.rollout.scheduler import Scheduler
 from numerics import EPS, assert_no_worse_than
@@ -90,6 +94,48 @@ def test_preemption_changes_nothing(policy, baseline, monkeypatch):
     by_tokens = Sampler(policy, kv_tokens=5 * 16 + 15).generate(PROMPTS, PARAMS, group_size=4)
     assert tokens(by_tokens) == tokens(baseline)
     assert len(preemptions) > 10, "the caches were too large to test preemption"
+
+
+def test_eight_bit_keys_and_values_are_what_the_logprobs_are_of(policy, monkeypatch):
+    """Scoring that sees the same rounded keys and values agrees with the sampler; the live policy does not quite."""
+    results = Sampler(policy, kv_dtype="int8").generate(PROMPTS, PARAMS, group_size=4)
+    exact = (score(policy, PROMPTS, results) - logprobs(results)).abs()
+
+    def rounded(x):
+        codes, scale = quantize_rows_ref(x)
+        return codes * scale[..., None]
+
+    monkeypatch.setattr(
+        TreeAttention, "__call__", lambda self, layer, q, k, v, cos, sin: tree_attention_ref(
+            rotary(q, k, cos, sin)[0], rounded(rotary(q, k, cos, sin)[1]), rounded(v), self.key_end
+        ),
+    )  # fmt: skip
+    same = (score(policy, PROMPTS, results) - logprobs(results)).abs()
+    # A value between two codes may be rounded the other way where sums differ in their last bits.
+    assert (same < 1e-5).float().mean() > 0.9 and same.max() < exact.max()
+    assert (exact < 1e-5).float().mean() < 0.1, "the cache was not rounded"
+
+
+def test_eight_bit_keys_and_values_take_half_the_memory_and_survive_preemption(policy, monkeypatch):
+    preemptions, preempt = [], Scheduler._preempt
+    monkeypatch.setattr(
+        Scheduler, "_preempt", lambda self, for_group: (preemptions.append(1), preempt(self, for_group))
+    )
+    params = SamplingParams(max_tokens=24, temperature=0)
+    expected = Sampler(policy, kv_dtype="int8").generate(PROMPTS, params, group_size=4)
+    each = KVCache.bytes_per_block(policy.config, 16, torch.int8)
+    assert 4 * each < 2 * block_bytes(policy)  # the policy's dtype is float32
+    for options in (
+        {"kv_memory": 4 * each},
+        {"max_batch": 5},
+        {"block_size": 32},
+        {"prefill_tokens": 7, "window": 3},
+    ):
+        results = Sampler(policy, kv_dtype="int8", **options).generate(PROMPTS, params, group_size=4)
+        assert tokens(results) == tokens(expected)
+    assert preemptions
+    with pytest.raises(ValueError, match="holds 1 blocks"):
+        Sampler(policy, kv_memory=4 * each).generate(PROMPTS, params, group_size=4)
 
 
 @pytest.mark.parametrize(
@@ -275,6 +321,8 @@ def test_bad_requests(policy, prompts, params, group_size, options, message):
         {"window": 0},
         {"prefill_tokens": 0},
         {"kv_memory": 1, "kv_tokens": 1},
+        {"kv_dtype": "int4"},
+        {"kv_dtype": torch.int8},
     ],
 )
 def test_bad_sampler(policy, options):
@@ -366,11 +414,13 @@ GPU_PARAMS = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", GPU_PARAMS, ids=str)
-def test_gpu_graphs_change_nothing(options):
+@pytest.mark.parametrize("options, kv_dtype", [*((x, None) for x in GPU_PARAMS), ({}, "int8")], ids=str)
+def test_gpu_graphs_change_nothing(options, kv_dtype):
     policy, params = gpu_policy(), SamplingParams(max_tokens=40, seed=4, **options)
-    sampler = Sampler(policy, max_batch=16)
-    eager = Sampler(policy, max_batch=16, cuda_graphs=False).generate(PROMPTS, params, group_size=4)
+    sampler = Sampler(policy, max_batch=16, kv_dtype=kv_dtype)
+    eager = Sampler(policy, max_batch=16, cuda_graphs=False, kv_dtype=kv_dtype).generate(
+        PROMPTS, params, group_size=4
+    )
     assert sampler.generate(PROMPTS, params, group_size=4) == eager
     graphs = len(sampler.decoder.graphs.captured)
     assert graphs > 0 and sampler.generate(PROMPTS, params, group_size=4) == eager
