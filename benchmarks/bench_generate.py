@@ -150,6 +150,15 @@ def rollout(request):
 
 
 def test_generate(compare, rollout):
+    measure(compare, rollout, PEERS[:1])
+
+
+def test_generate_beside_transformers(compare):
+    """The first case again with every peer: a call of theirs takes many seconds."""
+    measure(compare, cases.generate(DEVICE)[0], PEERS)
+
+
+def measure(compare, rollout, peers):
     policy, sizes = policy_of(*rollout[:3]), rollout.sizes
     problem, case = Problem(policy, sizes), rollout.case(DEVICE, "{B} completions of {completion} tokens")
     B, C, prompts = sizes["B"], sizes["completion"], problem.repeated()
@@ -171,9 +180,8 @@ def test_generate(compare, rollout):
     read = sum(tensor.nbytes for tensor in (*weights, *policy.adapters().values()))
     tokens_read = C * B // sizes["group"] * sizes["prompt"] + B * C * (C - 1) // 2  # prompts once a group
     kept = KVCache.bytes_per_block(policy.config, 1, policy.dtype)
-    slow = rollout.r == 0 or B * C > 1600  # a call of transformers would take minutes
     compare(
-        case, "whole call", peers=PEERS[:1] if slow and DEVICE == "cuda" else PEERS, verify=verify,
+        case, "whole call", peers=peers, verify=verify,
         call=lambda load: [load(policy, problem)],
         flops=2 * B * C * elements, nbytes=C * read + tokens_read * kept, work=("tokens", B * C),
         facts=lambda contenders: facts(policy, problem), rounds={"warmup": 0, "fewest": 2 if C > 200 else 3},
