@@ -23,13 +23,10 @@ the longest sequence, in whole multiples of ``TOKENS``. Where one micro-batch is
 that checkpoints leave. What carries over from step to step is exact.
 """
 
-import ctypes
 import math
 from dataclasses import dataclass
 
 import torch
-
-from ..kernels._runtime import bound_workspaces
 
 GIB = 2**30
 # CUDA 13 on an H200 with ``lean_cuda``: 263 MiB, then 94 of torch's kernels, 66 of cuBLAS, the rest ours and graphs'
@@ -332,20 +329,6 @@ def adapter_dtype(config):
         return config.lora_dtype
     cuda = torch.cuda.is_available() if config.device is None else config.device.startswith("cuda")
     return config.dtype or ("bfloat16" if cuda else "float32")
-
-
-def lean_cuda(device):
-    """Have CUDA and cuBLAS take less of the card. Call it before anything else uses ``device``.
-
-    The stacks that CUDA keeps for every thread a GPU can run are given back: 264 MiB on an H200. A kernel that has a
-    stack still gets it: the driver then takes what that kernel needs. cuBLAS works in ``bound_workspaces``.
-    """
-    bound_workspaces()
-    torch.zeros((), device=device)  # a context to ask of
-    with torch.cuda.device(device):
-        status = ctypes.CDLL("libcuda.so.1").cuCtxSetLimit(0, ctypes.c_size_t(0))  # CU_LIMIT_STACK_SIZE
-    if status:
-        raise RuntimeError(f"CUDA refused to change its stack size, error {status}")
 
 
 def limit_vram(config):

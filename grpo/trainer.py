@@ -14,6 +14,7 @@ from ..rollout import (
     resolve_checkpoint,
     split_by_budget,
 )
+from ..rollout.cuda_context import lean_cuda
 from ..rollout.policy import choose_device
 from ..rollout.random_weights import find_shape, random_policy
 from .algorithms import find_algorithm
@@ -22,7 +23,7 @@ from .distributed import Ranks, seed_from
 from .loss import kl_penalty
 from .master_weights import MasterWeights
 from .measurement import StepMeter, unmeasured
-from .memory import adapter_dtype, check_fits, lean_cuda, limit_vram
+from .memory import adapter_dtype, check_fits, limit_vram
 from .objectives import OBJECTIVES, has_signal
 from .optimizer import make_optimizer
 from .reward_pool import score
