@@ -18,11 +18,20 @@ With ``cos`` and ``sin`` q and k are rotated in registers, rounded as ``rotary``
 rotated key. The last token's key and value are taken from the arguments, so nothing waits for their store.
 
 Neighbouring sequences, up to FAMILY, whose tables name the same blocks for a full split are found on the device; one
-program then reads the split once for all of them. The arithmetic of a row is the same, bit for bit.
+program then reads the split once for all of them, as many in one turn as the products have rows for. Up to SHORT
+splits further turns would take longer than other programs' reading, and a family is one turn. The arithmetic of a row
+is the same, bit for bit.
 
-For C tokens of context: 2 C KVH D elements read, 4 C H D FLOPs. Workspace: S H splits (D + 2) float32 values,
-splits = ceil(tokens of the table's width / SPLIT), held to ``WORKSPACE`` bytes by taking the sequences in chunks (of
-one at least).
+A step waits for a chain of loads: length and table, keys, queries. Where the caller vouches for all but q, k and v
+(``early``; ``append_attention`` says when it may) the chain runs up to the keys while the kernel that makes q still
+ends, and only then waits; the merge waits for nothing but the parts.
+
+Caches may hold int8 codes (``kv_store``): they are multiplied as they are, in q's dtype, which holds them exactly.
+The keys' scales multiply the scores, the values' the probabilities, in float32.
+
+For C tokens of context: 2 C KVH D elements read (codes: and 2 C KVH scales), 4 C H D FLOPs. Workspace: S H splits (D +
+2) float32 values, splits = ceil(tokens of the table's width / SPLIT), held to ``WORKSPACE`` bytes by taking the
+sequences in chunks (of one at least).
 """
 
 import torch
@@ -30,7 +39,7 @@ import triton
 import triton.language as tl
 
 from . import _runtime
-from .dependent_launch import dependent_launch, prefetch
+from .dependent_launch import dependent_launch
 from .kv_store import place, scale_strides
 from .paged_merge import _merge_kernel
 from .rotary import turn
@@ -40,7 +49,6 @@ FAMILY = 8  # neighbouring sequences that may share the reading of a split of a 
 SHORT = (
     8  # splits of a context up to which only those share it that a tile has room for: turns would take longer
 )
-LEAN = False
 EARLY_ROWS = 64  # more queries come from a library's kernel, which lets nothing start before its end
 WORKSPACE = 64 * 2**20  # bytes of workspace, unless one sequence needs more
 LOG2_E = 1.4426950408889634
@@ -121,7 +129,7 @@ def _load_queries(
 
 @triton.jit
 def _rotated(loaded, ROTATE: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, DTYPE: tl.constexpr):
-    """Queries (ROWS, 64 CHUNKS), their columns in the keys' order, of what ``_load_queries`` gave."""
+    """Queries (1, ROWS, 64 CHUNKS), their columns in the keys' order, of what ``_load_queries`` gave."""
     low, high = loaded[0], loaded[1]
     if ROTATE:
         x, y = low.to(tl.float32), high.to(tl.float32)
@@ -129,7 +137,7 @@ def _rotated(loaded, ROTATE: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.conste
     # Sums of one: every warp would else rotate what one rotation can share, and each load would wait for the last.
     low, high = tl.sum(low, 2).to(DTYPE), tl.sum(high, 2).to(DTYPE)
     queries = tl.join(low, high).reshape(ROWS, CHUNKS, 4, 2, 4, 2).permute(0, 5, 1, 3, 2, 4)
-    return queries.reshape(ROWS, 64 * CHUNKS)
+    return queries.reshape(1, ROWS, 64 * CHUNKS)
 
 
 @triton.jit
@@ -190,7 +198,7 @@ def _parts_kernel(
     V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     PAGE: tl.constexpr, PAGE_BITS: tl.constexpr, WARPS: tl.constexpr, KEYS: tl.constexpr, FAMILY: tl.constexpr,
     ROWS: tl.constexpr, SEAT: tl.constexpr, CHUNKS: tl.constexpr, LANES_FIRST: tl.constexpr, EARLY: tl.constexpr,
-    LEAN: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, key head, p) leaves the parts of splits p, p + P, ... of P programs.
 
@@ -198,8 +206,6 @@ def _parts_kernel(
     """
     SPLIT: tl.constexpr = WARPS * KEYS
     HALF: tl.constexpr = (D + 1) // 2
-    LINE: tl.constexpr = 1024 // v_cache.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = triton.next_power_of_2((D + LINE - 1) // LINE)
     TOGETHER: tl.constexpr = ROWS // SEAT if FAMILY > 1 else 1
     sequence, kv_head, program = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     # Dimensions of a load: lanes (t of 4, g of 8), warps (w), groups of 8 keys (j), ..., runs of 8 values (i). Lanes
@@ -256,20 +262,9 @@ def _parts_kernel(
             key = _load_dealt(k_cache + at + (chunk // CHUNKS * HALF + column), there, LANES_FIRST)
             keys = key.reshape(4, 8, WARPS, KEYS // 8, 2 * CHUNKS, 2, 4).permute(2, 4, 5, 0, 6, 3, 1)
             keys = keys.reshape(WARPS, 64 * CHUNKS, KEYS)
-            if LEAN:
-                if PDL:
-                    line = tl.arange(0, LINES)
-                    at = page * v_block + inner * V_TOKEN
-                    at = (
-                        v_cache
-                        + (at[:, :, None] + g * V_TOKEN)[:, :, :, None]
-                        + tl.minimum(line * LINE, D - 1)
-                    )
-                    prefetch(tl.where((base[:, :, None] + g < last)[:, :, :, None], at, v_cache))
-            else:
-                values = _load_values(
-                    v_cache, page, inner, base, last, v_block, V_TOKEN, D, CHUNKS, WARPS, KEYS, LANES_FIRST
-                )
+            values = _load_values(
+                v_cache, page, inner, base, last, v_block, V_TOKEN, D, CHUNKS, WARPS, KEYS, LANES_FIRST
+            )
             if k_scales is not None:
                 at = (page * scale_block + inner * scale_token)[:, :, None] + g * scale_token
                 there = base[:, :, None] + g < last
@@ -280,9 +275,7 @@ def _parts_kernel(
                 v_scale = v_scale / tl.where(largest > 0, largest, 1.0)
             if PDL and EARLY:
                 _wait_and_release()
-            keys = keys.to(q.dtype.element_ty)
-            if not LEAN:
-                values = values.to(keys.dtype)
+            keys, values = keys.to(q.dtype.element_ty), values.to(q.dtype.element_ty)
             for first in tl.range(0, count, TOGETHER, num_stages=1):
                 owner = sequence + first + row // SEAT
                 if EARLY or FAMILY > TOGETHER:
@@ -290,7 +283,7 @@ def _parts_kernel(
                     rows = _load_queries(
                         q, cos, sin, owner, head, inside, angle_token, Q_TOKEN, Q_HEAD, D, CHUNKS
                     )
-                queries = _rotated(rows, cos is not None, ROWS, CHUNKS, keys.dtype)[None]
+                queries = _rotated(rows, cos is not None, ROWS, CHUNKS, keys.dtype)
                 queries = queries.broadcast_to(WARPS, ROWS, 64 * CHUNKS)
                 scores = tl.dot(queries, keys, input_precision="ieee") * scale_log2
                 if k_scales is not None:
@@ -302,13 +295,7 @@ def _parts_kernel(
                 l = tl.sum(tl.sum(p, 2), 0)
                 if k_scales is not None:
                     p *= v_scale
-                if LEAN:
-                    late = _load_values(
-                        v_cache, page, inner, base, last, v_block, V_TOKEN, D, CHUNKS, WARPS, KEYS, LANES_FIRST
-                    ).to(keys.dtype)  # fmt: skip
-                    part = tl.dot(p.to(keys.dtype), late, input_precision="ieee")
-                else:
-                    part = tl.dot(p.to(keys.dtype), values, input_precision="ieee")
+                part = tl.dot(p.to(keys.dtype), values, input_precision="ieee")
                 if k_scales is not None:
                     part *= largest
                 part = _over_warps(part, WARPS, ROWS, 64 * CHUNKS)
@@ -342,7 +329,10 @@ def contiguous_rows(x):
 def paged_decode(
     q, k, v, cos, sin, k_cache, v_cache, k_scales, v_scales, block_table, context_lens, scale, addresses, early=False
 ):  # fmt: skip
-    """Decode; with ``k`` and ``v`` these are stored as the last of each context, else they stand there already."""
+    """Decode; with ``k`` and ``v`` these are stored as the last of each context, else they stand there already.
+
+    early: no input but q, k and v is written by a kernel that may still run when this one starts.
+    """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(q) == 0:
         return out
@@ -378,7 +368,7 @@ def paged_decode(
                 GROUP=group, D=dim, PAGE=page, PAGE_BITS=page.bit_length() - 1, WARPS=warps,
                 KEYS=keys, FAMILY=family, ROWS=tile, SEAT=seat,
                 CHUNKS=triton.next_power_of_2(triton.cdiv(dim, 64)),
-                LANES_FIRST=LANES_FIRST, EARLY=early and tokens <= EARLY_ROWS, LEAN=LEAN,
+                LANES_FIRST=LANES_FIRST, EARLY=early and tokens <= EARLY_ROWS,
                 num_warps=warps, num_stages=1, **launch,
             )  # fmt: skip
             _merge_kernel[(len(some_lens), heads)](

@@ -53,9 +53,9 @@ class Sampler:
             cuda_graphs: capture steps on a GPU, and keep them for later calls.
             prefill_tokens: most tokens of one prefill; None: 512 on a GPU, which are captured, 2048 on the CPU.
             kv_dtype: "int8" keeps keys and values as 8-bit codes, D + 4 bytes a head instead of 2 D: nearly twice the
-                context in the same memory. Each value then errs by at most 1/254 of the largest of its row, and the
-                log-probs of the completions are those of the policy that sees such keys and values: the trainer's
-                differ by as much. None: the policy's dtype.
+                context in the same memory. Each value then errs by at most 1/254 of the largest of its row. Log-probs
+                are those of the policy that sees such keys and values, and the trainer's differ from them, keys
+                more than values: by 0.04 a token on average for SmolLM2-135M. None: the policy's dtype.
         """
         positive = {"max_batch": max_batch, "window": window, "prefill_tokens": prefill_tokens}
         for name, value in positive.items():
