@@ -11,7 +11,7 @@ Projections that share x run as one (``lora_linear_stacked``): W holds the rows 
 adapters, so that one product with W, one with A, and in backward one of each for dx and dA, serve all parts. Parts
 may be without an adapter.
 
-Up to ``MAX_ROWS`` rows of 16-bit x all is two or three launches (``lora_decode``), which read the adapters live.
+Up to ``MAX_ROWS`` rows of 16-bit x all is two to four launches (``lora_decode``), which read the adapters live.
 More rows are library products: 5 + P launches forward, of which two round A and B and one dequantises, and 6 + 2 P
 backward. There the adapter's part of y, and of dx, is written first, and the base product adds itself to it: one
 pass over y less than the other way round. FLOPs of the adapters: 2 M r (N + K) forward, 2 M r (2 N + 3 K) backward

@@ -338,19 +338,7 @@ def per_tile_scales(scales, format):
 
 
 def packed_products(
-    x,
-    words,
-    scales,
-    bias,
-    first_block,
-    format,
-    config,
-    assembly=True,
-    *,
-    update=None,
-    late=False,
-    depth_=None,
-    registers_=None,
+    x, words, scales, bias, first_block, format, config, assembly=True, *, update=None, late=False
 ):
     """x (M, K) float16 or bfloat16 @ W.T (+ bias) in one launch: y, or partial sums (SPLIT, M, N) without the bias.
 
@@ -370,10 +358,9 @@ def packed_products(
     depth = 1
     if columns == rows == 1 and across <= FEW_PROGRAMS and steps >= 3:
         depth = 2 if format == "int4" else 4 if warps == 8 else 3
-    # A multiprocessor has 2048 registers for each of a program's lanes; three gated programs are to be resident.
+    # A multiprocessor has 2048 registers for each of a program's lanes; three gated programs are to be resident, and
+    # beside one of eight warps those of the launch before it.
     registers = min(160 if update.gated or warps == 8 else 256, 2048 // warps)
-    registers = registers_ or registers
-    depth = depth_ or depth
     registers = registers if registers < 256 else None
     out = x.new_empty(M, N // 2 if update.gated else N)
     if split > 1:

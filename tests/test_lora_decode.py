@@ -10,10 +10,7 @@ from cross_compile import assert_compiles, assert_resident, every_card, recorded
 from hypothesis import given
 from hypothesis import strategies as st
 from nanogrpo.kernels import dequantize_4bit, quantize_4bit, swiglu
-from nanogrpo.kernels.lora_decode import few_rows, ranks
-from nanogrpo.kernels.packed_matmul import Update
-from nanogrpo.kernels.quantization import kernel_format
-from nanogrpo.kernels.tiled_matmul import TileConfig, tiled_products
+from nanogrpo.kernels.lora_decode import few_rows
 from numerics import EPS, assert_no_worse_than
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -96,29 +93,6 @@ def test_values_and_what_follows(case):
 
 
 @reaches_kernel
-@pytest.mark.parametrize("format", ["nf4", "nested", "int4"])
-@pytest.mark.parametrize("sizes, gaps, r", [((48, 16), (0, 0), 8), ((40, 72), (8, 8), 40), ((5,), (60,), 64)])
-def test_a_tiled_product_ends_with_the_rest(format, sizes, gaps, r):
-    """What ``few_rows`` does from Hopper on, against float64 and against separate operations."""
-    x, operands, dense, residual = problem(70, 384, sizes, r, gaps=gaps, format=format)
-    (words, *scales), a, b, columns, scaling, bias, _, first_block = operands
-    config = TileConfig(block_m=64, block_n=32, warps=4, stages=2, programs=1, pdl=False)
-
-    def run(**what_follows):
-        update = Update(ranks(x, a, False), b, scaling, tuple(columns), **what_follows)
-        base = x, words, scales, bias, first_block, kernel_format(scales), config, False
-        return tiled_products(*base, update=update)
-
-    y = run()
-    truth, plain = (reference(x, operands, dense, dtype) for dtype in (torch.float64, x.dtype))
-    assert_no_worse_than(y, plain, truth, floor=EPS[x.dtype] / 2)
-    assert torch.equal(run(residual=residual), residual + y)
-    if y.shape[1] % 2 == 0:
-        # one unit in the last place: the exponential may be contracted otherwise
-        torch.testing.assert_close(run(gated=True), swiglu(y), rtol=EPS[x.dtype], atol=2.0**-20)
-
-
-@reaches_kernel
 @pytest.mark.parametrize("M", [3, 70])
 @pytest.mark.parametrize("K", [4096, 4160])
 def test_a_long_row(M, K):
@@ -184,21 +158,6 @@ def test_operands_go_straight_to_registers(adapters, gated):
     for name, compiled in launches:
         barriers = barriers_in_loops(compiled.asm["ptx"])
         assert barriers and not any(barriers), f"{name}: {barriers} barriers in its loops"
-
-
-@pytest.mark.skipif(INTERPRET, reason="compiles, so needs the compiler")
-@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
-def test_no_warp_group_product_takes_registers(adapters):
-    """ptxas before CUDA 13.3 miscompiles those; a descriptor of shared memory is one 64-bit register."""
-    with recorded_launches(90) as launches:
-        for gated in (False, True):
-            x, operands, *_ = problem(64, 256, (48, 16), 64, dtype=torch.bfloat16, adapters=adapters)
-            few_rows(x, *operands, gated=gated)
-    kernels = [kernel for name, kernel in launches if name == "tiled_kernel"]
-    assert len(kernels) == 2 and "_up_kernel" not in dict(launches)
-    for kernel in kernels:
-        products = [line for line in kernel.asm["ptx"].split("\n") if "wgmma.mma_async" in line]
-        assert products and all(re.search(r"\}, %rd\d+, %rd\d+,", line) for line in products)
 
 
 @pytest.mark.skipif(INTERPRET, reason="compiles, so needs the compiler")
