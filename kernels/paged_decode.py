@@ -29,8 +29,8 @@ ends, and only then waits; the merge waits for nothing but the parts.
 Caches may hold int8 codes (``kv_store``): they are multiplied as they are, in q's dtype, which holds them exactly.
 The keys' scales multiply the scores, the values' the probabilities, in float32.
 
-For C tokens of context: 2 C KVH D elements read (codes: and 2 C KVH scales), 4 C H D FLOPs. Workspace: S H splits (D +
-2) float32 values, splits = ceil(tokens of the table's width / SPLIT), held to ``WORKSPACE`` bytes by taking the
+For C tokens of context: 2 C KVH D elements read (codes: and 2 C KVH scales), 4 C H D FLOPs. Workspace: S H splits
+(D + 2) float32 values, splits = ceil(tokens of the table's width / SPLIT), held to ``WORKSPACE`` bytes by taking the
 sequences in chunks (of one at least).
 """
 
