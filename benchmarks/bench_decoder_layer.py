@@ -1,24 +1,20 @@
 """One decoder layer of Qwen2.5-1.5B's shape, NF4 base and live LoRA: forward + backward with recomputation.
 
 Beside it transformers' layer with bitsandbytes' linears and PEFT's adapters under torch's checkpointing, as its
-trainers run it: a batch of equal sequences, so that no padding burdens it. Unsloth patches whole models that it
-loads itself; its linear is in bench_lora_linear.
+trainers run it: a batch of equal sequences, so that no padding burdens it; and the same layer with Unsloth's norms,
+rotary embedding, feed-forward block and output projection in their places, as it patches a Qwen2 (whose q, k and v
+have a bias, and stay PEFT's).
 """
 
 import cases
 import peer_models
+import policies
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Peer, distance
-from nanogrpo.kernels import QuantizedWeight, dequantize_4bit
-from nanogrpo.kernels.lora_linear import lora_linear_stacked_ref
-from nanogrpo.kernels.rms_norm import rms_norm_ref
-from nanogrpo.kernels.rotary import rotary_ref
-from nanogrpo.kernels.swiglu import swiglu_ref
-from nanogrpo.rollout import LoraConfig
+from comparison import Peer, distance, import_alone
+from float64_model import layer_in_float64, wide_parameters
 from nanogrpo.rollout.attention import TreeAttention
-from nanogrpo.rollout.random_weights import random_policy
 from nanogrpo.rollout.recompute import recompute
 from torch.utils.checkpoint import checkpoint
 
@@ -47,11 +43,13 @@ def ours(plan_reused):
     return lambda: load
 
 
-def transformers():
+def in_a_model_of_theirs(forward_of):
+    """forward_of(its first layer, positions (S, L), their cosines and sines) -> forward(x (S, L, D))."""
+
     def load(problem):
         model = peer_models.causal_lm(problem.policy, layers=1)
         model.config._attn_implementation = "sdpa"
-        layer, (S, L) = model.model.layers[0], problem.sizes
+        S, L = problem.sizes
         positions = torch.arange(L, device=DEVICE)[None].expand(S, -1)
         batch = problem.hidden_states.detach().view(S, L, -1).requires_grad_()
         dtype = batch.dtype
@@ -61,10 +59,11 @@ def transformers():
             named[name.removeprefix("base_model.model.").replace(".weight", ".default.weight")]
             for name in problem.names
         ]
+        layer_forward = forward_of(model.model.layers[0], positions, embeddings)
 
         def forward(x):
             with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-                return layer(x, position_ids=positions, position_embeddings=embeddings)
+                return layer_forward(x)
 
         step = lambda: checkpoint(forward, batch, use_reentrant=False).flatten(0, 1)
         return step, [batch, *adapters]
@@ -72,10 +71,45 @@ def transformers():
     return load
 
 
+def transformers():
+    return in_a_model_of_theirs(
+        lambda layer, positions, embeddings: (
+            lambda x: layer(x, position_ids=positions, position_embeddings=embeddings)
+        )
+    )
+
+
+def unsloth():
+    import_alone("unsloth_zoo.utils")  # Unsloth's kernels ask it for a version
+    lora, norms, rotary = (
+        import_alone(f"unsloth.kernels.{name}") for name in ("fast_lora", "rms_layernorm", "rope_embedding")
+    )
+
+    def forward_of(layer, positions, embeddings):
+        attention, (cos, sin) = layer.self_attn, (x[0].contiguous() for x in embeddings)
+        norm = norms.fast_rms_layernorm
+
+        def forward(x):
+            normed = norm(layer.input_layernorm, x)
+            heads = lambda x: x.view(*x.shape[:2], -1, attention.head_dim).transpose(1, 2)
+            q, k, v = (
+                heads(linear(normed)) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            q, k = rotary.fast_rope_embedding(q, k, cos, sin)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            x = x + lora.apply_lora_o(attention, out.transpose(1, 2).flatten(2))
+            return x + lora.apply_lora_mlp_swiglu(layer.mlp, norm(layer.post_attention_layernorm, x))
+
+        return forward
+
+    return in_a_model_of_theirs(forward_of)
+
+
 PEERS = [
     Peer("ours", None, ours(True)),
     Peer("ours, plan included", None, ours(False)),
     Peer("transformers + PEFT + bitsandbytes", "peft", transformers),
+    Peer("transformers + PEFT + bitsandbytes + Unsloth", "unsloth", unsloth, cuda_only=True),
 ]
 
 
@@ -85,14 +119,9 @@ class Problem:
     def __init__(self, case):
         S, L, r = (case.shape[name] for name in ("sequences", "length", "r"))
         self.sizes = S, L
-        model = case.name.split()[0]
-        self.policy = random_policy(
-            model, "nf4", LoraConfig(r=r, alpha=r), device=DEVICE, dtype=getattr(torch, case.dtype)
-        )
+        self.policy = policies.policy_of(case.name.split()[0], "nf4", r, DEVICE, spread=0.01)
         generator = torch.Generator(DEVICE).manual_seed(0)
         draw = lambda *size: torch.randn(size, generator=generator, device=DEVICE)
-        for parameter in self.policy.adapters().values():
-            parameter.data += 0.01 * draw(*parameter.shape)
         self.layer, config = self.policy.model.layers[0], self.policy.config
         own = {name: p for name, p in self.policy.adapters().items() if ".layers.0." in name}
         self.names, self.parameters = list(own), list(own.values())
@@ -106,29 +135,9 @@ class Problem:
 
     def truth(self):
         """Output and gradients of the hidden states and the adapters, in float64, by the references."""
-        layer, (S, L) = self.layer, self.sizes
-        wide = {id(p): p.detach().double().requires_grad_() for p in self.parameters}
+        wide = wide_parameters(self.parameters)
         hidden_states = self.hidden_states.detach().double().requires_grad_()
-
-        def linear(part, x):
-            weight = part.weight
-            if isinstance(weight, QuantizedWeight):
-                weight = dequantize_4bit(weight, torch.float32)
-            a, b = ([wide[id(p)] for p in half] for half in (part.lora_a, part.lora_b))
-            bias = None if part.bias is None else part.bias.double()
-            return lora_linear_stacked_ref(x, weight.double(), a, b, part.scaling, bias)
-
-        def sequences(x):
-            return x.view(S, L, *x.shape[1:]).transpose(1, 2)
-
-        x = rms_norm_ref(hidden_states, layer.input_norm.double(), layer.eps)
-        q, k, v = linear(layer.qkv_proj, x).unflatten(-1, (-1, layer.head_dim)).split(layer.heads, dim=1)
-        q, k, v = map(sequences, (*rotary_ref(q, k, self.cos.double(), self.sin.double()), v))
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1).flatten(1)
-        middle = hidden_states + linear(layer.o_proj, out)
-        x = rms_norm_ref(middle, layer.post_attention_norm.double(), layer.eps)
-        y = middle + linear(layer.down_proj, swiglu_ref(linear(layer.gate_up_proj, x)))
+        y = layer_in_float64(self.layer, hidden_states, self.cos, self.sin, self.sizes[1], wide)
         leaves = [hidden_states, *(wide[id(p)] for p in self.parameters)]
         return [y.detach(), *torch.autograd.grad(y, leaves, self.upstream.double())]
 

@@ -4,7 +4,7 @@ import cases
 import measurement
 import pytest
 import torch
-from comparison import Error, Peer
+from comparison import Error, Peer, import_alone
 from nanogrpo.kernels import QuantizedWeight, dequantize_4bit, quantize_4bit
 from nanogrpo.kernels.quantization import dequantize_4bit_ref
 
@@ -48,7 +48,27 @@ def bitsandbytes():
     return load
 
 
-PEERS = {"nf4": [Peer("ours", None, ours), Peer("bitsandbytes", "bitsandbytes", bitsandbytes)]}
+def unsloth():
+    import_alone("unsloth_zoo.utils")  # Unsloth's kernels ask it for a version
+    dequantize = import_alone("unsloth.kernels.nf4").dequantize_nf4
+
+    def load(q):
+        def call(codes, absmax, code_book):
+            single = None, None, None  # its scales are not quantised themselves
+            return dequantize(codes.view(-1, 1), absmax.view(-1), *single, code_book, 64, 0, q.shape, q.dtype)
+
+        return (q.codes, q.scale, q.code_book), call
+
+    return load
+
+
+PEERS = {
+    "nf4": [
+        Peer("ours", None, ours),
+        Peer("bitsandbytes", "bitsandbytes", bitsandbytes),
+        Peer("Unsloth", "unsloth", unsloth, cuda_only=True),
+    ]
+}
 PEERS["int4"] = PEERS["nf4"][:1]
 
 

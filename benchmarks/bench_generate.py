@@ -12,17 +12,17 @@ import time
 import cases
 import measurement
 import peer_models
+import policies
 import pytest
 import torch
 from comparison import Error, Peer
-from nanogrpo.rollout import LoraConfig, Sampler, SamplingParams
+from nanogrpo.rollout import Sampler, SamplingParams
 from nanogrpo.rollout.kv_cache import KVCache
-from nanogrpo.rollout.random_weights import random_policy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A log-prob off by more is plainly wrong. bitsandbytes decodes in bfloat16 on the CPU whatever the dtype.
 LIMITS = {"bfloat16": 0.25, "float32": 0.01}
-SLOWEST = {"B": 64, "completion": 200}  # beyond, a call of transformers takes minutes
+PROFILED = 48, 16  # tokens: the difference of two calls is decode steps alone, whatever the prefill takes
 
 
 # Each adapter takes a policy and a ``Problem`` and returns generate() -> (completions in order, score): score(row),
@@ -47,8 +47,8 @@ def transformers(batched):
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(policy.dtype)  # what rollouts would be made with
-        settings = GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=C, min_new_tokens=C,
+        settings = lambda tokens: GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=tokens, min_new_tokens=tokens,
             eos_token_id=-1 if batched else None, pad_token_id=0,
         )  # fmt: skip
         prompts = problem.repeated()
@@ -60,16 +60,21 @@ def transformers(batched):
             return log_p.gather(1, ids[0, -C:, None])[:, 0]
 
         @torch.no_grad()
-        def generate():
+        def generate(length=C):
             if batched:
-                found = model.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
+                found = model.generate_batch(
+                    inputs=prompts, generation_config=settings(length), progress_bar=False
+                )
                 tokens = [output.generated_tokens for output in found.values()]
             else:
                 ids = torch.tensor(prompts, device=DEVICE)
-                found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+                found = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), generation_config=settings(length)
+                )
                 tokens = found[:, ids.shape[1] :].tolist()
             return tokens, functools.partial(score, tokens)
 
+        generate(4)  # its one call that counts is not its first
         return generate
 
     return lambda: load
@@ -77,8 +82,8 @@ def transformers(batched):
 
 PEERS = [
     Peer("ours", None, lambda: ours),
-    Peer("transformers generate", "transformers", transformers(batched=False)),
-    Peer("transformers generate_batch", "transformers", transformers(batched=True), cuda_only=True),
+    Peer("transformers generate", "transformers", transformers(batched=False), rounds=1),
+    Peer("transformers generate_batch", "transformers", transformers(batched=True), cuda_only=True, rounds=1),
 ]
 
 
@@ -106,13 +111,9 @@ class Problem:
         return blocks * KVCache.bytes_per_block(policy.config, page, policy.dtype)
 
 
-@functools.lru_cache(maxsize=1)
 def policy_of(model, quantize, r):
-    policy = random_policy(model, quantize, LoraConfig(r=r, alpha=r) if r else None, device=DEVICE)
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    for parameter in policy.adapters().values():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, device=DEVICE)
-    return policy
+    """With adapters in the dtype that rollouts read: a trainer may keep float32 originals elsewhere."""
+    return policies.policy_of(model, quantize, r, DEVICE, "bfloat16" if DEVICE == "cuda" else "float32")
 
 
 def facts(policy, problem):
@@ -131,15 +132,13 @@ def facts(policy, problem):
     if DEVICE == "cuda":
         beyond = torch.cuda.max_memory_reserved() - before - kv
         found["MiB beyond weights, keys and values"] = beyond / 2**20
-        # The difference of two lengths is decode steps alone, whatever the prefill takes.
-        most = problem.sizes["completion"]
-        whole, part = (
-            measurement.kernel_times(lambda n=n: problem.sample(sampler, n)) for n in (most, most // 2)
-        )
-        a_step = lambda name, i: (whole[name][i] - part.get(name, (0, 0))[i]) / (most - most // 2)
+    if DEVICE == "cuda" and policy.lora and problem.sizes["completion"] == 200:
+        more, fewer = PROFILED
+        whole, part = (measurement.kernel_times(lambda n=n: problem.sample(sampler, n)) for n in PROFILED)
+        a_step = lambda name, i: (whole[name][i] - part.get(name, (0, 0))[i]) / (more - fewer)
         found["kernels of a decode step"] = sum(a_step(name, 1) for name in whole)
-        found["their device time, µs"] = sum(a_step(name, 0) for name in whole)
-        found["device µs of a decode step"] = {n: a_step(n, 0) for n in whole if a_step(n, 0) > 0.1}
+        times = {name: a_step(name, 0) for name in whole}
+        found["µs of a decode step's kernels, which overlap"] = {n: t for n, t in times.items() if t > 0.1}
     return found
 
 
@@ -151,6 +150,15 @@ def rollout(request):
 
 
 def test_generate(compare, rollout):
+    measure(compare, rollout, PEERS[:1])
+
+
+def test_generate_beside_transformers(compare):
+    """The first case again with every peer: a call of theirs takes many seconds."""
+    measure(compare, cases.generate(DEVICE)[0], PEERS)
+
+
+def measure(compare, rollout, peers):
     policy, sizes = policy_of(*rollout[:3]), rollout.sizes
     problem, case = Problem(policy, sizes), rollout.case(DEVICE, "{B} completions of {completion} tokens")
     B, C, prompts = sizes["B"], sizes["completion"], problem.repeated()
@@ -172,10 +180,9 @@ def test_generate(compare, rollout):
     read = sum(tensor.nbytes for tensor in (*weights, *policy.adapters().values()))
     tokens_read = C * B // sizes["group"] * sizes["prompt"] + B * C * (C - 1) // 2  # prompts once a group
     kept = KVCache.bytes_per_block(policy.config, 1, policy.dtype)
-    slow = any(sizes[name] > most for name, most in SLOWEST.items())
     compare(
-        case, "whole call", peers=PEERS[:1] if slow else PEERS, verify=verify,
+        case, "whole call", peers=peers, verify=verify,
         call=lambda load: [load(policy, problem)],
         flops=2 * B * C * elements, nbytes=C * read + tokens_read * kept, work=("tokens", B * C),
-        facts=lambda contenders: facts(policy, problem), rounds={"warmup": 1, "fewest": 3},
+        facts=lambda contenders: facts(policy, problem), rounds={"warmup": 0, "fewest": 2 if C > 200 else 3},
     )  # fmt: skip

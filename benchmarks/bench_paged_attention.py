@@ -36,6 +36,19 @@ def ours_appending():
     return load
 
 
+def ours_unshared():
+    """The same keys and values, with the prefix stored for each sequence."""
+
+    def load(problem):
+        q, pages = problem.paged[0], problem.table.shape[1]
+        whole = [F.pad(x, (0, 0, 0, 0, 0, pages * PAGE - x.shape[1])) for x in problem.contiguous]
+        caches = [x.reshape(-1, PAGE, *x.shape[2:]) for x in whole]
+        table, lens = torch.arange(len(caches[0]), device=DEVICE).int().view(len(q), pages), problem.lens
+        return (q, *caches), lambda q, *caches: paged_attention(q, *caches, table, lens)
+
+    return load
+
+
 def sdpa():
     def load(problem):
         q, (k, v) = problem.paged[0], problem.contiguous
@@ -64,6 +77,9 @@ PEERS = [
     Peer("torch flash, contiguous keys", "torch", flash, cuda_only=True),
     Peer("ours, storing the last token", None, ours_appending),
 ]
+
+
+SHARED_PEERS = [*PEERS, Peer("ours, prefix stored for each", None, ours_unshared)]
 
 
 class Problem:
@@ -111,7 +127,8 @@ def test_paged_attention(compare, case):
         error = distance(got[rows], truth, LIMITS[case.dtype])
         return {"error": error._replace(value=error.value + 0 * got.float().sum().item())}
 
+    peers = SHARED_PEERS if shared else PEERS
     compare(
-        case, "decode", peers=PEERS, call=call, verify=verify, graph=DEVICE == "cuda", flops=4 * S * C * H * D,
+        case, "decode", peers=peers, call=call, verify=verify, graph=DEVICE == "cuda", flops=4 * S * C * H * D,
         nbytes=size * D * (2 * KVH * (shared + S * (C - shared)) + 2 * S * H),
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Whole GRPO steps: seconds by phase and memory, in a process of their own whose share of the card is limited.
 
-One prompt of 128 tokens and its group of completions, LoRA on every linear, KL against the base model, random weights
+One prompt and its group of completions, LoRA on every linear, KL against the base model, random weights
 (neither speed nor memory depends on the values), rewards that differ within the group. The limit is what
 ``--vram-limit`` enforces: the allocator refuses more. No peer takes part: TRL and Unsloth bring their own samplers
 and processes, and cannot take turns with this one.
@@ -17,26 +17,29 @@ import torch
 from comparison import in_process
 from nanogrpo.grpo import GRPOConfig, GRPOTrainer
 from nanogrpo.grpo.measurement import PHASES
+from nanogrpo.grpo.memory import plan_memory
 from nanogrpo.grpo.rewards import WeightedReward
 from nanogrpo.grpo.tasks import Example
 from nanogrpo.rollout.checkpoint import open_checkpoint, resolve_checkpoint
+from nanogrpo.rollout.random_weights import find_shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WARMUP, STEPS = 3, 8  # kernels compile and graphs are captured in the first ones
-PROMPT = 128  # tokens, about
+OPTIMIZER = "adamw_offload"
+SLOWEST = 100  # seconds that a case may take: then the steps done so far count
 # Sampler and trainer round differently; a log-prob that differs by more is plainly wrong.
 LIMITS = {"bfloat16": 0.5, "float32": 1e-4}
 
 
 class LongPrompt:
-    """A task of one question, as long as asked for."""
+    """A task of one question, of at least so many ``tokens``."""
 
     description = "one prompt"
 
     def __init__(self, tokens):
         tokenizer, words = open_checkpoint(resolve_checkpoint()).tokenizer, 1
-        while len(tokenizer.apply_chat_template(self._messages(words))) < tokens:
-            words += 1
+        while (missing := tokens - len(tokenizer.apply_chat_template(self._messages(words)))) > 0:
+            words += missing  # a token each
+        self.tokens = len(tokenizer.apply_chat_template(self._messages(words)))
         self.example = Example(tuple(self._messages(words)), "1", 1, (1,))
 
     def _messages(self, words):
@@ -54,60 +57,74 @@ def mean_token(completion, example):
     return sum(completion.token_ids) / len(completion.token_ids) / 1e5
 
 
-def main(settings):
-    """Run the steps of a config, given as JSON, and print the metrics of each as a line of JSON."""
-    config = GRPOConfig(**json.loads(settings))
-    trainer = GRPOTrainer(config, task=LongPrompt(PROMPT), rewards=[WeightedReward(mean_token, 1.0)])
+def main(settings, prompt):
+    """Run the steps of a config, given as JSON, after a prompt of so many tokens; the metrics of each as a line of
+    JSON, with the memory that was planned."""
+    began = time.perf_counter()
+    config, task = GRPOConfig(**json.loads(settings)), LongPrompt(int(prompt))
+    trainer = GRPOTrainer(config, task=task, rewards=[WeightedReward(mean_token, 1.0)])
+    planned = plan_memory(find_shape(config.random_weights)[1], config, task.tokens).total
     for _ in range(config.steps):
         start = time.perf_counter()
         metrics = trainer.step()
-        print(json.dumps(metrics | {"seconds": time.perf_counter() - start}), flush=True)
+        now = time.perf_counter()
+        print(json.dumps(metrics | {"seconds": now - start, "memory_planned": planned}), flush=True)
+        if now - began + (now - start) > SLOWEST:
+            return
 
 
-def steps_of(rollout):
+def steps_of(case):
     """Metrics of the measured steps, run in a process of their own; and bytes of the card in use before it."""
+    rollout = case.rollout
     settings = {
         "random_weights": rollout.model, "quantize": rollout.quantize, "lora_r": rollout.r, "device": DEVICE,
-        "steps": WARMUP + STEPS, "group_size": rollout.sizes["group"], "prompts_per_step": 1, "temperature": 1.0,
-        "max_completion_length": rollout.sizes["completion"], "kl_coef": 0.04, "lr": 1e-5,
-        "optimizer": "adamw8bit" if measurement.installed("bitsandbytes") and DEVICE == "cuda" else "adamw",
-        "vram_limit": rollout.sizes["limit"] / 1024 or None,
+        "steps": case.warmup + case.steps, "group_size": rollout.sizes["group"], "prompts_per_step": 1,
+        "temperature": 1.0, "max_completion_length": rollout.sizes["completion"], "kl_coef": 0.04, "lr": 1e-5,
+        "optimizer": OPTIMIZER, "vram_limit": case.limit / 1024 or None,
+        **case.settings,
     }  # fmt: skip
     used = 0
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         used = total - free
-    return in_process(__file__, json.dumps(settings))[WARMUP:], used
+    steps = in_process(__file__, json.dumps(settings), rollout.sizes["prompt"], seconds=SLOWEST)
+    assert steps, f"{case} has not done a step in {SLOWEST} seconds"
+    return steps[case.warmup :] or steps[-1:], used
 
 
 def facts(steps, used):
-    """Milliseconds by phase (median) and, on a GPU, MiB: what the allocator gave out and held, and the card's own."""
+    """Milliseconds by phase (median) and, on a GPU, MiB: what the allocator gave out and held, the card's own, and
+    what was planned for it."""
     median = lambda name: measurement.spread([step[name] for step in steps])["ms"]
     found = {"ms of a step": {phase: 1e3 * median(f"seconds_{phase}") for phase in PHASES}}
     found["ms of a step"]["other"] = max(0.0, 1e3 * median("seconds") - sum(found["ms of a step"].values()))
     found["sampled tokens/s"] = median("completion_tokens") / median("seconds_rollout")
+    found["steps before"] = steps[0]["step"] - 1
     if "memory_card" in steps[0]:
         most = {
-            name: max(step[f"memory_{name}"] for step in steps) for name in ("allocated", "reserved", "card")
+            name: max(step[f"memory_{name}"] for step in steps)
+            for name in ("allocated", "reserved", "card", "planned")
         }
         most["card"] -= used  # by others, this benchmark's own process among them
         found |= {f"MiB {name}": size / 2**20 for name, size in most.items()}
     return found
 
 
-@pytest.mark.parametrize("rollout", cases.step(DEVICE), ids=lambda rollout: f"{rollout}, {rollout.sizes}")
-def test_step(record, rollout):
-    steps, used = steps_of(rollout)
-    case = rollout.case(DEVICE, "{group} completions of {completion} tokens")
-    difference = max(step["sampler_logprob_diff_max"] for step in steps)
-    assert all(step["completion_tokens"] == case.shape["group"] * case.shape["completion"] for step in steps)
-    assert not any(step["skipped"] for step in steps) and difference <= LIMITS[case.dtype]
-    times = measurement.spread([1e3 * step["seconds"] for step in steps])
-    extra = max(step.get("memory_allocated", 0) for step in steps)
+@pytest.mark.parametrize("step", cases.step(DEVICE), ids=str)
+def test_step(record, step):
+    steps, used = steps_of(step)
+    case = step.rollout.case(DEVICE, "{prompt} + {group} x {completion} tokens")
+    shape = case.shape | {"limit, MiB": step.limit} | step.settings
+    difference = max(done["sampler_logprob_diff_max"] for done in steps)
+    tokens = case.shape["group"] * case.shape["completion"]
+    assert all(done["completion_tokens"] == tokens for done in steps)
+    assert not any(done["skipped"] for done in steps) and difference <= LIMITS[case.dtype]
+    times = measurement.spread([1e3 * done["seconds"] for done in steps])
+    extra = max(done.get("memory_allocated", 0) for done in steps)
     record({
-        "case": case.name, "mode": "whole step", "dtype": case.dtype, "shape": case.shape, "flops": 0, "bytes": 0,
-        "floor": None, "ours": "ours", "work": ["tokens", case.shape["group"] * case.shape["completion"]],
+        "case": case.name, "mode": f"whole step, {OPTIMIZER}", "dtype": case.dtype, "shape": shape,
+        "flops": 0, "bytes": 0, "floor": None, "ours": "ours", "work": ["tokens", tokens],
         "facts": facts(steps, used),
         "contenders": {
             "ours": {"version": None, "errors": {"sampler - trainer log-prob": difference}, "extra": extra, **times}
@@ -116,4 +133,4 @@ def test_step(record, rollout):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

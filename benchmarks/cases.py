@@ -95,8 +95,8 @@ def matmul_4bit(device):
 
     if device == "cpu":
         return [*linears("SmolLM2-135M", (1, 64, 512))]
-    rows = (1, 8, 16, 64, 256, 2048, 8192)
-    return [case for model in ("Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3.1-8B") for case in linears(model, rows)]
+    rows = (1, 8, 16, 64, 256, 2048, 8192)  # of which int4 leaves out some: bench_matmul_4bit
+    return [case for model in ("Qwen2.5-1.5B", "Llama-3.1-8B", "Qwen2.5-7B") for case in linears(model, rows)]
 
 
 def dequantize(device):
@@ -127,6 +127,13 @@ def lora_linear(device):
         *linear("Qwen2.5-1.5B", "down", 64, rows),
         *linear("Llama-3.1-8B", "up", 16, rows),
     ]
+
+
+def decode_linears(device):
+    """The four linears of a layer as a decode step calls them: M rows, ranks of r."""
+    model, r, all_rows = ("tiny-qwen2", 8, (3,)) if device == "cpu" else ("Qwen2.5-1.5B", 64, (8, 64, 256))
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    return [Case(f"{model} layer, r={r}, {M} rows", dtype, {"M": M, "r": r}) for M in all_rows]
 
 
 def tree_attention(device):
@@ -161,7 +168,8 @@ def paged_attention(device):
         return [step("SmolLM2-135M", 8, 128), step("SmolLM2-135M", 8, 512, shared=256)]
     contexts = (128, 328, 1152, 4096)
     steps = [step("Qwen2.5-1.5B", S, C) for S in (8, 64, 256) for C in contexts]
-    return [*steps, step("Qwen2.5-1.5B", 64, 2304, shared=2048), step("Qwen2.5-1.5B", 64, 2304)]
+    shared = [step("Qwen2.5-1.5B", 64, 2304, shared=2048), step("Qwen2.5-1.5B", 16, 1536, shared=1024)]
+    return [*shared, *steps]
 
 
 def small_kernels(device):
@@ -211,20 +219,92 @@ def generate(device):
     if device == "cpu":
         sizes = {"B": 8, "group": 8, "prompt": 16, "completion": 8}
         return [Rollout("tiny-qwen2", "nf4", 8, sizes), Rollout("tiny-qwen2", None, 0, sizes)]
+    sizes = {
+        ("nf4", 64): ((8, 200), (64, 200), (256, 200), (8, 1024)),
+        (None, 0): ((8, 200), (64, 200)),
+        ("nf4", 0): ((8, 200), (64, 200), (256, 200)),
+    }
     return [
         Rollout("Qwen2.5-1.5B", quantize, r, {"B": B, "group": 8, "prompt": 128, "completion": C})
-        for quantize, r in (("nf4", 64), ("nf4", 0), (None, 0))
-        for B, C in ((8, 200), (64, 200), (256, 200), (8, 1024))
+        for (quantize, r), all_of_them in sizes.items()
+        for B, C in all_of_them
     ]
 
 
+class Step(NamedTuple):
+    """Whole GRPO steps of one group: the rollout (sizes: group, prompt, completion), the limit of the whole card in
+    MiB (0: none), further settings of ``GRPOConfig``, and how many steps: before measuring, and measured."""
+
+    rollout: Rollout
+    limit: int
+    settings: dict
+    warmup: int
+    steps: int
+
+    def __str__(self):
+        sizes = self.rollout.sizes
+        return f"{self.rollout}, {sizes['prompt']} + {sizes['group']} x {sizes['completion']} tokens"
+
+
 def step(device):
-    """Whole GRPO steps of one group of 8 completions, under a limit of the whole card in MiB (0: none)."""
+    """Models under the limits of cards that people own."""
+
+    def steps(model, r, group, prompt, completion, gib, warmup, count, **settings):
+        sizes = {"group": group, "prompt": prompt, "completion": completion}
+        return Step(Rollout(model, "nf4", r, sizes), int(gib * 1024), settings, warmup, count)
+
     if device == "cpu":
-        return [Rollout("tiny-qwen2", "nf4", 8, {"group": 4, "completion": 8, "limit": 0})]
+        return [steps("tiny-qwen2", 8, 4, 48, 8, 0, 1, 2)]
     return [
-        Rollout("Qwen2.5-1.5B", "nf4", 64, {"group": 8, "completion": C, "limit": limit})
-        for C, limit in ((200, 3584), (1024, 4096))
+        steps("Qwen2.5-1.5B", 64, 8, 128, 200, 2.2, 3, 8, token_budget=768),
+        steps("Qwen2.5-1.5B", 64, 8, 128, 1024, 2.7, 2, 3, token_budget=2176),
+        steps("Llama-3.1-8B", 32, 8, 128, 1024, 8, 1, 1, token_budget=1152),
+        steps("Phi-4", 16, 6, 128, 512, 11.5, 1, 1, token_budget=1280),
+        steps(
+            "Llama-3.1-8B",
+            32,
+            8,
+            16384,
+            3600,
+            20,
+            1,
+            1,
+            token_budget=20000,
+            kv_memory=6,
+            offload_checkpoints=True,
+        ),
+    ]
+
+
+class Training(NamedTuple):
+    """A model's forward and backward pass under LoRA of rank r: ``sequences`` of ``length`` tokens, of which the
+    first ``prompt`` are not scored; ``shared``: they are one prompt."""
+
+    model: str
+    r: int
+    sequences: int
+    prompt: int
+    length: int
+    shared: bool
+
+    def __str__(self):
+        own = self.length - self.prompt * self.shared
+        prompt = f"{self.prompt} shared + " * self.shared
+        return f"{self.model}, r={self.r}, {prompt}{self.sequences} x {own} tokens"
+
+    def case(self, device):
+        sizes = {name: getattr(self, name) for name in ("sequences", "prompt", "length", "r")}
+        return Case(str(self), "bfloat16" if device == "cuda" else "float32", sizes)
+
+
+def training(device):
+    """Whole models: packed sequences, and a group that shares its prompt."""
+    if device == "cpu":
+        return [Training("tiny-qwen2", 8, 2, 8, 24, False), Training("tiny-qwen2", 8, 3, 20, 30, True)]
+    return [
+        Training("Qwen2.5-1.5B", 64, 8, 128, 328, False),
+        Training("Qwen2.5-1.5B", 64, 8, 128, 1152, False),
+        Training("Qwen2.5-1.5B", 64, 16, 1024, 1536, True),
     ]
 
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from measurement import Race, allocated, captured, installed, peak_bytes, poison
+from measurement import Race, allocated, installed, lap_of, peak_bytes, poison, spread, timed, with_peak
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS = 5  # of rounds for each case
@@ -24,13 +24,15 @@ SECONDS = 5  # of rounds for each case
 class Peer(NamedTuple):
     """A contender: ``load()`` imports its package and returns its operation behind our bench's signature.
 
-    ``distribution`` is the name that pip knows it by; None for what is in this tree.
+    ``distribution`` is the name that pip knows it by; None for what is in this tree. ``rounds``: for one whose call
+    takes seconds, the rounds that it is timed in, after one call that is checked; 1: that call alone is timed.
     """
 
     name: str
     distribution: str | None
     load: Callable
     cuda_only: bool = False
+    rounds: int | None = None
 
 
 class Error(NamedTuple):
@@ -58,15 +60,25 @@ def import_alone(name):
     return importlib.import_module(name)
 
 
-def in_process(file, *arguments):
-    """Run a benchmark's file as a script of its own; the JSON lines that it prints. RuntimeError where it fails."""
+def in_process(file, *arguments, seconds=None):
+    """Run a benchmark's file as a script of its own; the JSON lines that it prints.
+
+    After ``seconds`` it is ended, and what it has printed so far is all. RuntimeError where it fails.
+    """
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     command = [sys.executable, file, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip() or f"exit code {done.returncode}").split("\n")[-1])
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    try:
+        done = subprocess.run(command, capture_output=True, env=environment, timeout=seconds)
+    except subprocess.TimeoutExpired as expired:
+        printed = expired.stdout or b""
+    else:
+        printed = done.stdout
+        if done.returncode:
+            reason = done.stderr.decode().strip() or f"exit code {done.returncode}"
+            raise RuntimeError(reason.split("\n")[-1])
+    lines = printed.decode().splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 def absent(peer, device):
@@ -78,7 +90,7 @@ def absent(peer, device):
 
 def compare(
     case, mode, device, *, peers, call, verify, flops, nbytes, floor=None, graph=False, drive=None,
-    work=None, facts=None, rounds=None,
+    work=None, facts=None, rounds=None, seconds=None,
 ):  # fmt: skip
     """Measure one case; the record that ``store`` keeps and ``render`` shows.
 
@@ -96,10 +108,11 @@ def compare(
         work: (unit, amount) that one callable does, shown as a rate: ("tokens", 1600).
         facts: facts(contenders so far) -> {name: number, or {part: number}}, what else is worth keeping of ours.
         rounds: arguments of ``Race.run`` for calls of seconds: {"warmup": 1, "fewest": 3}.
+        seconds: of rounds, as many as fit; default ``SECONDS``.
     """
     results, laps = {}, {}
     if floor is not None:
-        laps[floor[0]] = [floor[1]]
+        laps[floor[0]] = lap_of([floor[1]], graph=graph)
         floor[1]()  # the libraries' workspaces are no contender's memory
     for position, peer in enumerate(peers):
         results[peer.name] = result = {"version": peer.distribution and installed(peer.distribution)}
@@ -108,11 +121,11 @@ def compare(
             continue
         try:
             lap = call(peer.load())
-            result |= _examine(lap[0], verify, device)
-            if "failed" not in result:
-                if graph:
-                    captured(lap[0])  # a peer that no graph can hold is out, here and not in the race
-                laps[peer.name] = lap
+            result |= _examine(lap[0], verify, device, once=peer.rounds is not None)
+            if (
+                "failed" not in result and peer.rounds != 1
+            ):  # a peer that no graph can hold is out, here already
+                laps[peer.name] = lap_of(lap, graph=graph)
         except Exception as error:
             if position == 0:
                 raise
@@ -121,9 +134,9 @@ def compare(
         gc.collect()
     ours = results[peers[0].name]
     assert "failed" not in ours, f"{peers[0].name}, {case}, {mode}: {ours['failed']}"
-    for name, times in (
-        Race(device, laps, graph=graph).run(seconds=SECONDS, drive=drive, **rounds or {}).items()
-    ):
+    race = Race(device, laps, most={peer.name: peer.rounds for peer in peers if peer.rounds is not None})
+    seconds = SECONDS if seconds is None else seconds
+    for name, times in race.run(seconds=seconds, drive=drive, **rounds or {}).items():
         results.setdefault(name, {}).update(times)
     more = {} if work is None else {"work": list(work)}
     more |= {} if facts is None else {"facts": facts(results)}
@@ -133,20 +146,28 @@ def compare(
     }  # fmt: skip
 
 
-def _examine(lap, verify, device):
-    """Errors and extra bytes of one contender, or why it is out. What its first call leaves behind counts."""
+def _examine(lap, verify, device, *, once):
+    """Errors and extra bytes of one contender, or why it is out. What its first call leaves behind counts.
+
+    once: take both from one call, which for all others is a second one, with everything compiled.
+    """
     poison(device)
-    before = allocated(device)
-    errors = verify(lap())
+    before, times = allocated(device), {}
+    if once:
+        (result, ms), peak = with_peak(lambda: timed(lap, device), device)
+        times = spread([ms])
+    else:
+        result = lap()
+    errors = verify(result)
     wrong = [f"{name} {error.value:.1e}" for name, error in errors.items() if not error.value <= error.limit]
     if wrong:
         return {"failed": "wrong: " + ", ".join(wrong)}
-    gc.collect()
-    kept = allocated(device) - before
-    return {
-        "errors": {name: error.value for name, error in errors.items()},
-        "extra": kept + peak_bytes(lap, device),
-    }
+    del result
+    if not once:
+        gc.collect()
+        kept = allocated(device) - before
+        peak = kept + peak_bytes(lap, device)
+    return {"errors": {name: error.value for name, error in errors.items()}, "extra": peak, **times}
 
 
 def slug(device_name):
@@ -160,7 +181,9 @@ def store(operation, environment, record, results=RESULTS):
     key = lambda r: (r["case"], r["mode"])
     records = {key(r): r for r in records} | {key(record): _rounded(record | {"environment": environment})}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(list(records.values()), indent=1) + "\n")
+    whole = path.with_suffix(".part")
+    whole.write_text(json.dumps(list(records.values()), indent=1) + "\n")
+    whole.replace(path)  # a run that is ended here leaves the records as they were
 
 
 def _rounded(value):

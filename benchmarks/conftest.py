@@ -1,5 +1,10 @@
 """Benchmarks under pytest: which device, what it is, and where records go."""
 
+import gc
+import math
+import sys
+import time
+
 import comparison
 import measurement
 import pytest
@@ -7,15 +12,36 @@ import render
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STORED = pytest.StashKey[list]()
+STORED, STARTED, IMPORTED = pytest.StashKey[list](), pytest.StashKey[dict](), pytest.StashKey[int]()
 
 
 def pytest_addoption(parser):
     parser.addoption("--commit", help="commit to record where the working tree has no .git")
+    seconds = f"of rounds for each case (default: {comparison.SECONDS})"
+    parser.addoption("--seconds", type=float, default=comparison.SECONDS, help=seconds)
+    limit = "skip what is left of a file (bench_step=60) once it has taken so long"
+    parser.addoption("--limit", action="append", default=[], metavar="FILE=SECONDS", help=limit)
 
 
 def pytest_configure(config):
-    config.stash[STORED] = []
+    config.stash[STORED], config.stash[STARTED], config.stash[IMPORTED] = [], {}, 0
+
+
+def pytest_runtest_setup(item):
+    if DEVICE == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"the GPU's context is lost: {error}", returncode=3)
+    limits = dict(limit.split("=") for limit in item.config.getoption("limit"))
+    if item.config.stash[IMPORTED] != len(sys.modules):
+        item.config.stash[IMPORTED] = len(sys.modules)
+        gc.collect()
+        gc.freeze()  # each capture of a graph collects garbage: let it not walk through every library again
+    now = time.monotonic()
+    started = item.config.stash[STARTED].setdefault(item.path.stem, now)
+    if now - started > float(limits.get(item.path.stem, math.inf)):
+        pytest.skip(f"{item.path.stem} has taken its {limits[item.path.stem]} seconds")
 
 
 def pytest_report_header(config):
@@ -40,7 +66,7 @@ def record(environment, request):
 
 
 @pytest.fixture
-def compare(benchmark, record):
+def compare(benchmark, record, pytestconfig):
     """``comparison.compare`` whose rounds pytest-benchmark drives and whose record is stored.
 
     pytest-benchmark's own figure is the host time of one round of all contenders; the figures of each contender are
@@ -49,7 +75,9 @@ def compare(benchmark, record):
 
     def run(case, mode, **arguments):
         drive = lambda round, count: benchmark.pedantic(round, rounds=count)
-        found = comparison.compare(case, mode, DEVICE, drive=drive, **arguments)
+        found = comparison.compare(
+            case, mode, DEVICE, drive=drive, seconds=pytestconfig.getoption("seconds"), **arguments
+        )
         benchmark.extra_info.update(found)
         record(found)
 

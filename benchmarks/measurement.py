@@ -6,16 +6,33 @@ clocks, heat and neighbours are shared; figures of different runs or machines co
 """
 
 import datetime
+import math
 import platform
 import random
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+
+class Lap(NamedTuple):
+    """One contender's turn: ``call()`` does the work ``copies`` times; a graph does not keep alive what it reads."""
+
+    call: Callable
+    copies: int
+    reads: object = None
+
+
+def lap_of(copies, *, graph=False):
+    """The ``Lap`` over callables without arguments, one for each copy of the inputs; ``graph``: as one CUDA graph."""
+    call = lambda: [copy() for copy in copies]
+    return Lap(captured(call) if graph else call, len(copies), copies)
 
 
 class Race:
@@ -23,43 +40,50 @@ class Race:
 
     Args:
         device: "cuda" or "cpu".
-        calls: contender -> list of callables without arguments, one for each copy of the inputs (see ``rotated``);
-            a lap runs them all and counts as their mean.
+        calls: contender -> ``Lap``, or list of callables, of which one is made (see ``rotated``); a lap counts as the
+            mean of its copies.
         graph: replay each lap as one CUDA graph, for kernels shorter than their launch.
+        most: contender -> number of rounds that it takes part in, for those that are slow; they are not warmed up.
     """
 
-    def __init__(self, device, calls, *, graph=False):
+    def __init__(self, device, calls, *, graph=False, most=None):
         self.cuda = device == "cuda"
         self.flush = torch.empty(2**28 if self.cuda else 0, dtype=torch.int8, device=device)
-        self.copies = {name: len(copies) for name, copies in calls.items()}
-        laps = {name: lambda copies=copies: [copy() for copy in copies] for name, copies in calls.items()}
-        self.laps = {name: captured(lap) if graph else lap for name, lap in laps.items()}
+        self.laps = {
+            name: call if isinstance(call, Lap) else lap_of(call, graph=graph) for name, call in calls.items()
+        }
+        self.most = most or {}
         self.order = random.Random(0)
         self.samples = {name: [] for name in calls}
 
     def round(self):
+        left = [name for name in self.laps if len(self.samples[name]) < self.most.get(name, math.inf)]
         marks = []
-        for name in self.order.sample(list(self.laps), len(self.laps)):
+        for name in self.order.sample(left, len(left)):
             self.flush.zero_()
             start = self._mark()
-            self.laps[name]()
+            self.laps[name].call()
             marks.append((name, start, self._mark()))
         if self.cuda:
             torch.cuda.synchronize()
         for name, start, stop in marks:
             elapsed = start.elapsed_time(stop) if self.cuda else (stop - start) * 1e3
-            self.samples[name].append(elapsed / self.copies[name])
+            self.samples[name].append(elapsed / self.laps[name].copies)
 
     def run(self, *, seconds, warmup=3, fewest=5, most=50, drive=None):
         """Warm up, then run as many rounds as fit into ``seconds``; the spread of milliseconds by contender.
 
+        ``seconds`` is for those who run in every round, and bounded by ``fewest`` and ``most`` rounds.
+
         ``drive(round, count)`` runs the rounds instead, where another tool is to see them.
         """
+        slow, self.most = self.most, dict.fromkeys(self.most, 0)
+        count = fewest
         for _ in range(warmup):
             began = time.perf_counter()
             self.round()
-        count = min(most, max(fewest, int(seconds / (time.perf_counter() - began))))
-        self.samples = {name: [] for name in self.samples}
+            count = min(most, max(fewest, int(seconds / (time.perf_counter() - began))))
+        self.samples, self.most = {name: [] for name in self.samples}, slow
         if drive is None:
             for _ in range(count):
                 self.round()
@@ -104,6 +128,9 @@ def rotated(inputs, device):
     return [inputs] + [tuple(tensor.clone() for tensor in inputs) for _ in range(copies - 1)]
 
 
+POISON = 2**32  # bytes
+
+
 def poison(device):
     """Leave NaN in the memory that the next allocations get: an element that nobody writes shows in the check."""
     if device == "cuda":
@@ -111,7 +138,8 @@ def poison(device):
         small = [
             torch.full((2**18,), float("nan"), device=device) for _ in range(64)
         ]  # served from their own pool
-        large = torch.full((torch.cuda.mem_get_info()[0] // 8,), float("nan"), device=device)
+        size = min(torch.cuda.mem_get_info()[0] // 2, POISON)
+        large = torch.full((size // 4,), float("nan"), device=device)
         del small, large
 
 
@@ -122,18 +150,33 @@ def allocated(device):
 
 def peak_bytes(call, device):
     """The most bytes that ``call()`` holds at once above those in use before it, its result included."""
+    return with_peak(call, device)[1]
+
+
+def timed(call, device):
+    """(what ``call()`` returns, milliseconds by the host's clock until the device has done it)."""
+    began = time.perf_counter()
+    result = call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return result, 1e3 * (time.perf_counter() - began)
+
+
+def with_peak(call, device):
+    """(what ``call()`` returns, its ``peak_bytes``)."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
+        result = call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return result, torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
-    del result
     events = profiler.profiler.kineto_results.events()
-    return highest(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]")
+    return result, highest(
+        e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"
+    )
 
 
 def highest(changes):

@@ -16,7 +16,7 @@ def linear4bit(weight, bias=None, *, nested=False):
         weight.shape[1], weight.shape[0], bias is not None, weight.dtype, nested, "nf4", device="meta"
     )
     linear.weight = bitsandbytes.nn.Params4bit(
-        weight.detach().cpu(), requires_grad=False, blocksize=64, compress_statistics=nested, quant_type="nf4"
+        weight.detach(), requires_grad=False, blocksize=64, compress_statistics=nested, quant_type="nf4"
     )
     if bias is not None:
         linear.bias = torch.nn.Parameter(bias, requires_grad=False)
@@ -60,7 +60,7 @@ def causal_lm(policy, layers=None):
         (name, own) for name, own in policy.model.projections() if _layer(name) < len(peer.model.layers)
     ]
     for name, own in projections:
-        weight, bias = own.weight, _bias(own)
+        weight, bias = own.weight, bias_of(own)
         if isinstance(weight, QuantizedWeight):
             peer.set_submodule(name, linear4bit(dequantize_4bit(weight, policy.dtype), bias))
             continue
@@ -95,7 +95,7 @@ def _layer(name):
     return int(name.split(".")[2])
 
 
-def _bias(projection):
+def bias_of(projection):
     linear = projection.linear
     if linear.bias is None:
         return None

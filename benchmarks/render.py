@@ -2,7 +2,6 @@
 
 import json
 import math
-from itertools import groupby
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -12,15 +11,20 @@ HEAD = """\
 # Benchmarks
 
 Every contender of a table ran in one process, in turns: each round runs all once, in a new order. Times are medians
-of CUDA events (on a CPU, of the host's clock) with the 20th and 80th percentile. Inputs are random; every output was
-held against float64 on a sample of rows before anything was timed, and the largest error stands in the table.
+of CUDA events (on a CPU, of the host's clock) with the 20th and 80th percentile; a call of many seconds was timed
+once. Inputs are random; every output was held against float64, of large ones a sample of rows, before anything was
+timed, and the largest error stands in the table.
 
-- **÷ best peer**: time over that of the fastest contender that is not ours, in the same run. Below 1 is faster.
+- **÷ best peer**: our time over that of the fastest contender that is not ours, in the same run. Below 1 is faster.
+  The columns after it are our time over each contender's, a dash where it did not run.
 - **roofline**: the least possible time over the measured one. The least possible time is the larger of operations
   over the matmul rate and bytes over the bandwidth, both measured in the same run.
 - **extra MiB**: most memory held above the inputs, the results and what a contender keeps between calls included.
 
 Compare ratios, not times, across machines.
+
+Not here: vLLM and nano-vllm, which pin a torch of their own and cannot stand in one process with these; Humming,
+which wants a CUDA toolkit; and the trainers of TRL and Unsloth, whose steps bring their own samplers and processes.
 """
 
 
@@ -42,7 +46,9 @@ def best_peer(record):
 
 
 def number(value):
-    """Three significant digits."""
+    """Three significant digits; of a whole number all."""
+    if isinstance(value, int):
+        return f"{value:,}"
     digits = 2 - math.floor(math.log10(abs(value))) if value else 0
     return f"{value:,.{max(0, digits)}f}" if digits < 8 else f"{value:.1e}"
 
@@ -67,31 +73,48 @@ def verdict(record):
 
 
 def overview(records):
+    """One row a record: our time, its ratio to every other contender's, roofline share and extra memory."""
+    others = list(dict.fromkeys(
+        name for record in records for name in record["contenders"] if name != record["ours"]
+    ))  # fmt: skip
+    with_peers = any(best_peer(record) for record in records)
+    units = {record["work"][0]: None for record in records if "work" in record}
     rows = []
     for record in records:
         contenders, (against, peer) = timed(record), ratio(record) or (None, "none ran")
-        ours, floor = contenders[record["ours"]], contenders.get(record["floor"])
-        extra = number(contenders[peer]["extra"] / 2**20) if peer in contenders else "-"
-        rows.append([
-            record["case"], record["mode"], number(ours["ms"]), peer,
-            f"{against:.2f} ({'faster' if against < 1 else 'slower'})" if against else "-",
-            f"{ours['ms'] / floor['ms']:.2f}" if floor else "-",
-            f"{bound(record) / ours['ms']:.0%}", number(ours["extra"] / 2**20), extra,
-        ])  # fmt: skip
-    floors = {record["floor"] for record in records if record["floor"]}
-    return table(
-        ["case", "mode", "ours, ms", "best peer", "÷ best peer", f"÷ {' / '.join(sorted(floors)) or 'floor'}",
-         "roofline", "extra MiB", "best peer's"],
-        rows,
-    )  # fmt: skip
+        ours, (unit, amount) = contenders[record["ours"]], record.get("work", (None, 0))
+        row = [record["case"], record["mode"], number(ours["ms"])]
+        row += [number(amount / ours["ms"] * 1e3) if name == unit else "-" for name in units]
+        if with_peers:
+            row += [f"{against:.2f} ({'faster' if against < 1 else 'slower'})" if against else "-", peer]
+        row += [
+            f"{ours['ms'] / contenders[name]['ms']:.2f}" if name in contenders else "-" for name in others
+        ]
+        row += [f"{bound(record) / ours['ms']:.0%}" if bound(record) else "-", number(ours["extra"] / 2**20)]
+        if with_peers:
+            row += [number(contenders[peer]["extra"] / 2**20) if peer in contenders else "-"]
+        rows.append(row)
+    header = ["case", "mode", "ours, ms", *(f"{unit}/s" for unit in units)]
+    header += ["÷ best peer", "best peer"] * with_peers + [f"÷ {name}" for name in others]
+    header += ["roofline", "extra MiB"] + ["best peer's"] * with_peers
+    return table(header, rows)
+
+
+def numbers_beside(records):
+    """What else was measured of ours, one row a record; nothing where that is nothing."""
+    plain = lambda record: {n: v for n, v in record.get("facts", {}).items() if not isinstance(v, dict)}
+    names = list(dict.fromkeys(name for record in records for name in plain(record)))
+    rows = [
+        [record["case"], *(number(plain(record)[name]) if name in plain(record) else "-" for name in names)]
+        for record in records if plain(record)
+    ]  # fmt: skip
+    return [table(["case", *names], rows)] if rows else []
 
 
 def facts_of(record):
-    """What else was measured of ours: a line of numbers, and a table, largest first, of each that comes in parts."""
-    facts = record.get("facts", {})
-    plain = [f"{name} {number(value)}" for name, value in facts.items() if not isinstance(value, dict)]
-    out = [f"Ours: {', '.join(plain)}.\n"] if plain else []
-    for name, parts in facts.items():
+    """A table, largest first, of each thing measured of ours that comes in parts."""
+    out = []
+    for name, parts in record.get("facts", {}).items():
         if isinstance(parts, dict):
             largest = sorted(parts.items(), key=lambda item: -item[1])
             out.append(table([name, "", "share"], [
@@ -159,6 +182,14 @@ def setting(environment):
     )
 
 
+def versions(records):
+    """One line: who took part, by version, those of torch itself apart."""
+    torch = records[0]["environment"]["torch"]
+    pairs = [(n, r.get("version")) for record in records for n, r in record["contenders"].items()]
+    named = dict.fromkeys(f"{name} {version}" for name, version in pairs if version not in (None, torch))
+    return [f"Beside ours: {', '.join(named)}.\n"] if named else []
+
+
 def render(results=RESULTS):
     """The whole document, from every ``results/<device>/<operation>.json``: GPUs first, then CPUs."""
     parts = [HEAD]
@@ -168,9 +199,12 @@ def render(results=RESULTS):
             parts.append(f"## {files[0][1][0]['environment']['device']}\n")
         for operation, records in files:
             parts.append(f"### {operation}\n")
-            for environment, group in groupby(records, key=lambda record: record["environment"]):
-                group = list(group)
-                parts += [setting(environment), overview(group), *map(detail, group)]
+            runs = {}
+            for record in records:
+                runs.setdefault(json.dumps(record["environment"]), []).append(record)
+            for run in runs.values():
+                parts += [setting(run[0]["environment"]), *versions(run), overview(run), *numbers_beside(run)]
+                parts += ["<details><summary>Every contender</summary>\n", *map(detail, run), "</details>\n"]
     return "\n".join(parts)
 
 

@@ -17,6 +17,7 @@ from .rewards import REWARDS, parse_rewards
 from .tasks import TASKS, find_task
 
 MAX_SEED = 2**31
+KV_DTYPES = (None, "int8")  # those of the sampler
 
 
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
@@ -83,7 +84,11 @@ class GRPOConfig:
     value_coef: float = setting(0.1, "weight of the value loss (ppo)")
     value_clip: float = setting(0.2, "a value may move this far a step (ppo)")
     dpo_beta: float = setting(0.1, "weight of the drift from the base model in a preference (online_dpo)")
-    optimizer: str = setting("adamw", f"{' or '.join(OPTIMIZERS)} (from bitsandbytes)")
+    optimizer: str = setting(
+        "adamw",
+        "adamw; adamw8bit (bitsandbytes): moments in 8 bits; adamw_offload: float32 adapters, gradients and moments "
+        "in CPU memory, the adapters on the GPU in the model's dtype",
+    )
     num_iterations: int = setting(1, "optimiser steps on each batch of rollouts")
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: float = setting(32.0, "adapters are scaled by alpha / r")
@@ -101,6 +106,9 @@ class GRPOConfig:
     checkpoint_layers: bool | None = setting(
         None, "keep a layer's input alone and compute it again in the backward pass; default: on cuda"
     )
+    offload_checkpoints: bool = setting(
+        False, "on cuda, let those inputs wait in CPU memory: for long sequences"
+    )
     held_out: int = setting(200, "held-out questions that measure the result")
     seed: int = setting(0, "of data, adapters and sampling")
     device: str | None = setting(None, "cpu or cuda; default: cuda where there is one")
@@ -113,6 +121,10 @@ class GRPOConfig:
     )
     kv_memory: float | None = setting(
         None, "GiB for keys and values while sampling; default: what a step needs"
+    )
+    kv_dtype: str | None = setting(
+        None,
+        "int8: keys and values as 8-bit codes, nearly twice the tokens in the same memory; default: the model's",
     )
     save_every: int = setting(1, "steps between checkpoints")
     keep_checkpoints: int = setting(2, "checkpoints that are kept, the last ones")
@@ -199,6 +211,14 @@ class GRPOConfig:
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype must be int8 or left out, got {self.kv_dtype!r}")
+        if self.optimizer == "adamw_offload" and self.lora_dtype != "float32":
+            raise ValueError(
+                f"adamw_offload keeps float32 originals of the adapters, got lora_dtype {self.lora_dtype}"
+            )
+        if self.offload_checkpoints and self.checkpoint_layers is False:
+            raise ValueError("offload_checkpoints needs checkpoint_layers, got false")
         for name in ("gamma", "gae_lambda", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")

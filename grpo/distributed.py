@@ -67,7 +67,11 @@ class Ranks:
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
+                total = (
+                    parameter.grad.clone()
+                )  # on the device, where the gradient itself may lie in CPU memory
+                dist.all_reduce(total)
+                parameter.grad.copy_(total)
 
 
 @contextlib.contextmanager

@@ -12,15 +12,16 @@ class StepMeter:
     """Seconds by phase and, on CUDA, bytes of one step. Use as ``with meter("forward"): ...``; phases may nest.
 
     Time belongs to the innermost phase, so the phases never count a moment twice. On CUDA the device's work is
-    finished at each border. Memory: what the allocator has given out and holds reserved, each at its highest, and the
-    highest use of the whole card, other processes and the CUDA context included, as seen at the borders.
+    finished at each border. Memory: what the allocator has given out and holds reserved, each at its highest; and of
+    the whole card, other processes and the CUDA context included, at most: what is taken beside the allocator, at its
+    highest as seen at the borders, and the most that it has reserved.
     """
 
     def __init__(self, device):
         self.device = device
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.running = []
-        self.card = 0
+        self.beside = 0
         self.mark = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -40,7 +41,7 @@ class StepMeter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             free, total = torch.cuda.mem_get_info(self.device)
-            self.card = max(self.card, total - free)
+            self.beside = max(self.beside, total - free - torch.cuda.memory_reserved(self.device))
         now = time.perf_counter()
         if self.running:
             self.seconds[self.running[-1]] += now - self.mark
@@ -52,7 +53,7 @@ class StepMeter:
         if self.device.type == "cuda":
             found["memory_allocated"] = torch.cuda.max_memory_allocated(self.device)
             found["memory_reserved"] = torch.cuda.max_memory_reserved(self.device)
-            found["memory_card"] = self.card
+            found["memory_card"] = self.beside + found["memory_reserved"]
         return found
 
 

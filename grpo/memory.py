@@ -4,12 +4,15 @@ With b bytes an element of the compute dtype, N x K the linears, L layers, D the
 A = heads * head_dim, V words, T packed tokens a micro-batch, C completion tokens in it, S sequences at once:
 
     weights      dense b N K; nf4 N K / 2 + 4 N K / 64 + 64; int4 N K / 2 + 4 N K / 32; all but the linears is dense
-    adapters     4 r (N + K) a linear (2 in 16 bits), gradients as many bytes
-    optimizer    AdamW twice the adapters; in 8 bits 2 bytes a value and two float32 scales for 256
+    adapters     4 r (N + K) a linear (2 in 16 bits), gradients as many bytes, those of one layer in float32 beside
+    optimizer    AdamW twice the adapters; in 8 bits 2 bytes a value and two float32 scales for 256; offloaded none,
+                 and no gradients but one layer's: these are in CPU memory, 16 bytes a value (``MasterWeights``)
     layer        what one layer keeps and works in while it is computed again and differentiated, T tokens at once:
-                 ``layer_bytes``. Graphs hold it from step to step
-    KV cache     2 L b (KV heads * head_dim) * block_size * blocks, for S sequences of full length; rollout only
-    checkpoints  L T D b, the inputs of the layers (without checkpointing every layer keeps all that one does)
+                 ``layer_bytes``. Graphs hold it from step to step, and prompts are computed in it
+    KV cache     2 L b (KV heads * head_dim) * block_size * blocks, for S sequences of full length, the whole blocks
+                 of a prompt once (int8: a byte a value, 4 more a head); rollout only
+    checkpoints  L T D b, the inputs of the layers; offloaded ``OFFLOADED_AT_ONCE`` of them; without checkpointing
+                 every layer keeps all that one does
     logits       training: the head's workspace, and hidden states and gradients of C rows;
                  rollout: V float32 values in four copies and float64 sums for each sequence
     libraries    cuBLAS' workspaces: WORKSPACES
@@ -26,11 +29,13 @@ from dataclasses import dataclass
 import torch
 
 GIB = 2**30
-# CUDA 13 on an H200: 527 MiB, then 94 of torch's kernels, 66 of cuBLAS, 160 of ours and graphs
-CONTEXT = 850 * 2**20
-PREFILL = 2048  # tokens of a prefill at most
+# CUDA 13 on an H200 with ``lean_cuda``: 263 MiB, then 94 of torch's kernels, 66 of cuBLAS, the rest ours and graphs'
+CONTEXT = 500 * 2**20
 ATTENTION_WORKSPACE = 64 * 2**20
-WORKSPACES = 2 * 32 * 2**20  # cuBLAS' own on an H200, one for captured work and one for what is not
+WORKSPACES = 2 * (8 * 2**20 + 2**18)  # cuBLAS' own, one for captured work and one for what is not
+OFFLOADED_AT_ONCE = (
+    3  # layers' inputs on the card while the others wait: at work, leaving or coming, kept for a copy
+)
 BLOCK_SIZE = 16
 CARDS = {
     "rtx-4060": 8, "rtx-3080": 10, "rtx-3060": 12, "rtx-4080": 16, "rtx-3090": 24, "rtx-4090": 24, "rtx-5090": 32,
@@ -105,8 +110,10 @@ def trained_sizes(model, r, *, value_head=False):
 
 
 def optimizer_bytes(sizes, name, itemsize=4):
-    """Bytes of the optimiser's state for trained tensors of ``sizes`` values of ``itemsize`` bytes: "adamw" or
-    "adamw8bit"."""
+    """Bytes of the optimiser's state for trained tensors of ``sizes`` values of ``itemsize`` bytes: as in
+    ``OPTIMIZERS``."""
+    if name == "adamw_offload":
+        return sum(4 for _ in sizes)
     if name == "adamw":
         return sum(2 * itemsize * size + 4 for size in sizes)
     # bitsandbytes keeps what is below 4,096 values in float32, and one pair of code books.
@@ -115,9 +122,11 @@ def optimizer_bytes(sizes, name, itemsize=4):
 
 
 def kv_bytes(model, tokens, sequences, itemsize):
-    """Bytes of keys and values for ``sequences`` of up to ``tokens`` tokens, in whole blocks."""
-    width = model.num_key_value_heads * model.head_dim
-    return 2 * model.num_hidden_layers * itemsize * width * BLOCK_SIZE * -(-tokens // BLOCK_SIZE) * sequences
+    """Bytes of keys and values for ``sequences`` of up to ``tokens`` tokens, in whole blocks; itemsize 1: of codes,
+    with their scales."""
+    head = model.head_dim * itemsize + 4 * (itemsize == 1)
+    blocks = -(-tokens // BLOCK_SIZE) * sequences
+    return 2 * model.num_hidden_layers * model.num_key_value_heads * head * BLOCK_SIZE * blocks
 
 
 def layer_bytes(model, itemsize, tokens, *, quantize, r):
@@ -136,16 +145,6 @@ def layer_bytes(model, itemsize, tokens, *, quantize, r):
     )
     adapters = r * sum(n + k for n, k in linear_shapes(model).values()) // model.num_hidden_layers
     return tokens * kept + b * adapters, max(0, *stages)
-
-
-def prefill_bytes(model, itemsize, tokens, quantize):
-    """Bytes that the prompts' forward pass works in, up to ``PREFILL`` tokens at once: the widest part of a layer."""
-    from ..rollout.decoding import PREFILL_BUCKETS
-
-    D, F = model.hidden_size, model.intermediate_size
-    if tokens <= PREFILL_BUCKETS[-1]:  # captured: it works where the layers of training do
-        return 0
-    return itemsize * (min(tokens, PREFILL) * (4 * D + 3 * F) + (2 * D * F if quantize else 0))
 
 
 def attention_bytes(model, tokens):
@@ -192,17 +191,22 @@ def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
     completion = min(T, sequences * config.max_completion_length)
     T = TOKENS * -(-T // TOKENS)
     sizes = trained_sizes(model, config.lora_r, value_head=config.algorithm == "ppo")
-    itemsize = getattr(torch, config.lora_dtype).itemsize
+    offloaded = config.optimizer == "adamw_offload"
+    itemsize = b if offloaded else getattr(torch, config.lora_dtype).itemsize
     trained, L, D = itemsize * sum(sizes), model.num_hidden_layers, model.hidden_size
+    flat = 4 * sum(sizes) // L  # of the gradients of one layer
     kept, working = layer_bytes(model, b, T, quantize=config.quantize, r=config.lora_r)
     checkpointed = config.checkpoint_layers in (None, True)
-    layer = kept + working + 2 * b * D * T + trained // L
-    cache = kv_bytes(model, length, sequences, b)
+    on_card = OFFLOADED_AT_ONCE if config.offload_checkpoints else L
+    layer = kept + working + 2 * b * D * T + flat
+    shared = prompt_length // BLOCK_SIZE * BLOCK_SIZE  # tokens that a group has once
+    kv = b if config.kv_dtype is None else 1
+    cache = kv_bytes(model, shared, prompts, kv) + kv_bytes(model, length - shared, sequences, kv)
     if config.kv_memory is not None:
         cache = min(cache, int(config.kv_memory * GIB))
     training = {
-        "gradients": trained + trained // L,
-        "checkpoints": L * T * D * b if checkpointed else (L - 1) * kept,
+        "gradients": 0 if offloaded else trained + trained // L,
+        "checkpoints": on_card * T * D * b if checkpointed else (L - 1) * kept,
         "logits": HEAD_WORKSPACE + (T + 3 * completion) * D * b,
     }
     if micro_batches == 1 and checkpointed:  # gradients come as the checkpoints of the only micro-batch go
@@ -220,7 +224,6 @@ def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
         rollout={
             "KV cache": cache,
             "logits": sequences * model.vocab_size * (4 * 4 + 8) + ATTENTION_WORKSPACE,
-            "prefill": prefill_bytes(model, b, prompts * prompt_length, config.quantize),
         },
         training=training,
     )
@@ -232,7 +235,8 @@ def remedies(model, config, prompt_length, limit):
 
     length = prompt_length + config.max_completion_length
     candidates = [("token_budget", max(length, config.token_budget // n)) for n in (2, 4, 8)]
-    candidates += [("quantize", "nf4"), ("optimizer", "adamw8bit"), ("checkpoint_layers", True)]
+    candidates += [("quantize", "nf4"), ("optimizer", "adamw_offload"), ("checkpoint_layers", True)]
+    candidates += [("offload_checkpoints", True)]
     candidates += [("lora_r", max(1, config.lora_r // n)) for n in (2, 4)]
     candidates += [("prompts_per_step", max(1, config.prompts_per_step // n)) for n in (2, 4)]
     candidates += [("group_size", max(2, config.group_size // 2))]
@@ -242,6 +246,7 @@ def remedies(model, config, prompt_length, limit):
     cache = plan_memory(model, config, prompt_length).rollout["KV cache"]
     one = kv_bytes(model, length, 1, 2)
     candidates += [("kv_memory", round(max(cache // n, one) / GIB + 1e-3, 3)) for n in (2, 4)]
+    candidates += [("kv_dtype", "int8")]
     before, found = plan_memory(model, config, prompt_length).total, {}
     for name, value in candidates:
         if getattr(config, name) != value and not (name == "quantize" and config.quantize):
@@ -316,6 +321,14 @@ def plan_report(model, config, prompt_length, card=None):
     if len(cards) == 1 and need.total > size * GIB:
         lines.append(advice(remedies(model, config, prompt_length, size * GIB), size * GIB))
     return lines
+
+
+def adapter_dtype(config):
+    """The dtype of the adapters on the device, as text: the model's where their originals are offloaded."""
+    if config.optimizer != "adamw_offload":
+        return config.lora_dtype
+    cuda = torch.cuda.is_available() if config.device is None else config.device.startswith("cuda")
+    return config.dtype or ("bfloat16" if cuda else "float32")
 
 
 def limit_vram(config):

@@ -5,7 +5,7 @@ import importlib
 import torch
 
 BETAS = (0.9, 0.99)
-OPTIMIZERS = ("adamw", "adamw8bit")
+OPTIMIZERS = ("adamw", "adamw8bit", "adamw_offload")
 BLOCK = 256  # values that share a scale in 8 bits
 MIN_8BIT = 4096  # smaller tensors keep float32 moments
 
@@ -13,10 +13,12 @@ MIN_8BIT = 4096  # smaller tensors keep float32 moments
 def make_optimizer(name, parameters, lr):
     """AdamW (arXiv 1711.05101) without weight decay; "adamw8bit" is bitsandbytes' (arXiv 2110.02861).
 
+    "adamw_offload" is "adamw", on ``MasterWeights``.
+
     Raises ValueError where bitsandbytes is not installed.
     """
     parameters = list(parameters)
-    if name == "adamw":
+    if name != "adamw8bit":
         return torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
     try:
         library = importlib.import_module("bitsandbytes")
@@ -47,7 +49,9 @@ def step_tensor(optimizer, parameter):
 
 def restore(optimizer, parameter, moments, step):
     """Give the optimiser ``moments`` ({name: CPU tensor}) and ``step`` (as ``step_tensor``) for ``parameter``."""
-    state = {name: tensor.to(parameter.device) for name, tensor in moments.items()}
+    known = optimizer.state[parameter]
+    place = lambda name, tensor: known[name].copy_(tensor) if name in known else tensor.to(parameter.device)
+    state = {name: place(name, tensor) for name, tensor in moments.items()}
     # torch counts on the parameter's device, in a tensor of each parameter's own; bitsandbytes in a number.
     torch_counts = isinstance(optimizer, torch.optim.AdamW)
     state["step"] = step.clone().to(parameter.device) if torch_counts else int(step)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .checkpoint import choose_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import choose_checkpoint, list_checkpoints, save_checkpoint
 from .config import GRPOConfig
 from .distributed import Ranks
 from .evaluation import Accuracy, evaluate
@@ -106,9 +106,7 @@ class Run:
         run.trainer = trainer = GRPOTrainer(config, ranks=run.ranks)
         checkpoint = choose_checkpoint(folder / "checkpoints", from_step)
         if checkpoint is not None:
-            run.saved = trainer.step_count = load_checkpoint(
-                checkpoint, trainer.named_parameters(), trainer.optimizer
-            )
+            run.saved = trainer.restore(checkpoint)
         history = [m for m in run.history() if m["step"] <= trainer.step_count]
         for metrics in history[::-1]:
             if not metrics.get("skipped"):

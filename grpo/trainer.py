@@ -14,12 +14,16 @@ from ..rollout import (
     resolve_checkpoint,
     split_by_budget,
 )
+from ..rollout.cuda_context import lean_cuda
+from ..rollout.policy import choose_device
 from ..rollout.random_weights import find_shape, random_policy
 from .algorithms import find_algorithm
+from .checkpoint import load_checkpoint
 from .distributed import Ranks, seed_from
 from .loss import kl_penalty
+from .master_weights import MasterWeights
 from .measurement import StepMeter, unmeasured
-from .memory import check_fits, limit_vram
+from .memory import adapter_dtype, check_fits, limit_vram
 from .objectives import OBJECTIVES, has_signal
 from .optimizer import make_optimizer
 from .reward_pool import score
@@ -56,21 +60,34 @@ class GRPOTrainer:
             self.policy,
             max_batch=len(self.ranks.part(config.prompts_per_step)) * config.group_size,
             kv_memory=None if config.kv_memory is None else int(config.kv_memory * 2**30),
+            kv_dtype=config.kv_dtype,
         )
         objective = OBJECTIVES[find_algorithm(config.algorithm).objective]
         self.objective = objective(self.policy, config, self.ranks)
         if self.objective.loss_config.denominator_scope == "micro-batch" and self.ranks.world > 1:
             raise ValueError(f"{config.algorithm} divides by its own micro-batches and has no sum over ranks")
         self.reward_processes = RewardProcesses(config.reward_processes) if config.reward_processes else None
+        self.masters = MasterWeights(self.policy) if config.optimizer == "adamw_offload" else None
         self.optimizer = make_optimizer(config.optimizer, self.named_parameters().values(), config.lr)
+        if self.masters is not None:
+            self.masters.keep_moments(self.optimizer)
         self.step_count = 0
         self.batch = None  # the rollouts of the last step
         self.meter = unmeasured  # within a step its StepMeter
         self.micro_batches = (0, 0)  # done, of how many, in the update in progress
 
     def named_parameters(self):
-        """Dict of everything that is trained: the live adapters by PEFT's names, then what the objective adds."""
-        return {**self.policy.adapters(), **self.objective.named_parameters()}
+        """Dict of everything that is trained: the live adapters, or their originals, by PEFT's names, then what the
+        objective adds."""
+        adapters = self.policy.adapters() if self.masters is None else self.masters.parameters
+        return {**adapters, **self.objective.named_parameters()}
+
+    def restore(self, checkpoint):
+        """Go on from a checkpoint's folder; returns its step."""
+        self.step_count = load_checkpoint(checkpoint, self.named_parameters(), self.optimizer)
+        if self.masters is not None:
+            self.masters.publish()
+        return self.step_count
 
     def step(self):
         """One step of the algorithm; returns its metrics, a flat dict of numbers."""
@@ -165,6 +182,8 @@ class GRPOTrainer:
         on_policy = first is None
         work = lambda: self._run_micro_batches(batch, on_policy)
         totals = _joined(self.ranks.gather(self.objective.within_memory(batch, work)))
+        if self.masters is not None:
+            self.masters.wait()
         parameters = list(self.named_parameters().values())
         if totals["trained_tokens"]:
             self.ranks.sum_gradients(parameters)
@@ -181,6 +200,8 @@ class GRPOTrainer:
         if finite:
             with self.meter("optimizer"):
                 self.optimizer.step()
+                if self.masters is not None:
+                    self.masters.publish()
         if first is not None:  # the sampler is compared with the policy that sampled
             keep = ("sampler_logprob_diff_max", "sampler_logprob_diff_mean")
             totals.update({name: first[name] for name in keep})
@@ -259,13 +280,16 @@ def describe(config):
 
 def load_policy(config):
     """The policy that ``config`` names, with fresh adapters."""
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        lean_cuda(device)
     if config.vram_limit is not None:
         limit_vram(config)
         model, prompt_length = describe(config)
         check_fits(model, config, prompt_length)
     settings = {
         "quantize": config.quantize,
-        "lora": LoraConfig(r=config.lora_r, alpha=config.lora_alpha, dtype=config.lora_dtype),
+        "lora": LoraConfig(r=config.lora_r, alpha=config.lora_alpha, dtype=adapter_dtype(config)),
         "device": config.device,
         "dtype": None if config.dtype is None else getattr(torch, config.dtype),
         "seed": config.seed,
@@ -276,4 +300,5 @@ def load_policy(config):
         policy = Policy.load(config.model, **settings)
     checkpoint = config.checkpoint_layers
     policy.model.checkpoint_layers = policy.device.type == "cuda" if checkpoint is None else checkpoint
+    policy.model.offload_checkpoints = config.offload_checkpoints
     return policy

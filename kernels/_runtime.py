@@ -46,3 +46,11 @@ def arch(device):
 def launch_on(tensor):
     """Context in which a Triton launch goes to the device of ``tensor``."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def bound_workspaces():
+    """Have cuBLAS work in areas of 8 MiB, with which its results repeat, not 32; to be called before its first use.
+
+    An environment that says otherwise stays as it is.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")

@@ -1,22 +1,24 @@
-"""A linear layer with low-rank adapters on up to 64 rows, in two or three launches and with A and B read live.
+"""A linear layer with low-rank adapters on up to 512 rows, in two to four launches and with A and B read live.
 
     h = x A^T                          x (M, K), A (R, K), h (M, R): the ranks of all adapters that share x
     y = x W^T + bias, and y[:, part p] += scaling * h_p B_p^T       B (rows, r): the rows of all parts in turn
 
-``ranks`` comes first and leaves partial sums of h over parts of K. Up to 16 rows of x on packed 4-bit codes, the base
-product ends with the rest (``packed_matmul``). Else ``add_update`` follows the base product, which runs at once with
-``ranks`` where it is one of ours: it adds up the base's own partial sums, bias and update. Either stores y, or what
-follows y in a decoder layer: see ``few_rows``. A and B are read where they lie, in their own dtype (float32 as they
-are trained): an optimiser step needs no copy, and a captured graph stays valid.
+Up to 64 rows ``ranks`` comes first and leaves partial sums of h over parts of K. Up to 16 rows of x on packed 4-bit
+codes, the base product ends with the rest (``packed_matmul``). Else ``add_update`` follows the base product, which
+runs at once with ``ranks`` where it is one of ours: it adds up the base's own partial sums, bias and update. More
+rows than 64 are for ``add_update`` alone: h and the base product are a library's, on W dequantised for this call.
+Either way what is stored is y, or what follows y in a decoder layer: see ``few_rows``. A and B are read where they
+lie, in their own dtype (above 64 rows a float32 A is rounded first, by a launch): an optimiser step needs no copy,
+and a captured graph stays valid.
 
 Bytes beside the base's: A once for each 32 rows, B once for each 16 or 32, S M R float32 partial sums of h written,
 and read by every program that updates; y again where ``add_update`` runs. FLOPs: 2 M (K R + N r). Memory: the partial
-sums, S <= 12 (more rows than 16: 6), and with ``add_update`` the base's y or partial sums.
+sums, S <= 12 (more rows than 16: 6; than 64: h, and W), and with ``add_update`` the base's y or partial sums.
 
 Precision: A and B are rounded to x's dtype, sums are float32 in a fixed order, h is rounded to x's dtype once; bias
 and update are added in float32, to the base's float32 sums or to its rounded y. What follows y starts from the
 rounded y, as if it were an operation of its own. A row's result depends on no other row between two meeting points: M
-= 16, and those of the base.
+= 16 and 64, and those of the base; above 64 as far as the library keeps to one algorithm.
 """
 
 import torch
@@ -29,18 +31,26 @@ from .dependent_launch import prefetch
 from .matmul_4bit import _matmul_triton, packed_config, products
 from .packed_matmul import FEW_PROGRAMS, Config, Update, packed_products, weight_operand, x_operand
 from .quantization import kernel_format
+from .tiled_matmul import TileConfig
 
-MAX_ROWS = 64  # more rows than that are a library's work
+MAX_ROWS = 512  # more rows than that are a library's work
+OWN_ROWS = 64  # up to so many, the base product is ours
 FEW_ROWS = 16  # for so many, operands of the products go straight to registers
-# num_warps of ``ranks``, the elements of K that a warp takes in turn, and the most parts of K.
-DOWN = (4, 64, 12)
+# num_warps of ``ranks``, the elements of K that a warp takes in turn, the most parts of K, and the turns that a
+# program takes at least where many programs read the sums.
+DOWN = (4, 64, 12, 3)
 # For more rows: BLOCK_K, num_warps, num_stages, the blocks of K that a program takes at least, and the most parts.
 TILED_DOWN = (128, 4, 3, 4, 6)
-WIDE_N = 4096  # from so many outputs on, the second of two BLOCK_N of the update
-# BLOCK_N and num_warps of the update by BLOCK_M. Rows are the dot's left operand in tiles of 16 or 32: below 64,
-# Hopper uses mma.sync instead of WGMMA, whose register operands ptxas before CUDA 13.3 miscompiles.
-UP = {16: (16, 16, 2), 32: (64, 128, 4)}
-# From so many values of K on, 16 warps instead of 4 share a row of W in a product that is not split.
+WIDE_N = 4096  # from so many outputs on, the second of two configurations of the update
+# BLOCK_M, BLOCK_N and num_warps of the update by the most rows. Rows are the dot's left operand in tiles of 16 or 32:
+# below 64, Hopper uses mma.sync instead of WGMMA, whose register operands ptxas before CUDA 13.3 miscompiles.
+UP = {
+    FEW_ROWS: ((16, 16, 2), (16, 16, 2)),
+    OWN_ROWS: ((16, 128, 4), (32, 128, 4)),
+    MAX_ROWS: ((32, 64, 4), (32, 64, 4)),
+}
+# From so many values of K on: 8 warps instead of 4 share a row of W in a product that is not split, and a tiled
+# product is split for two programs a multiprocessor.
 LONG_K = 4096
 
 
@@ -49,8 +59,11 @@ def _load_chunk(a_rows, x_rows, k, x_k, element, K, CHUNK: tl.constexpr):
     """CHUNK elements of K, 16 at a time; zeros past the end."""
     loaded = ()
     for c in tl.static_range(0, CHUNK, 16):
-        weight = tl.load(a_rows + k + c, mask=k + c + element < K, other=0.0)
-        value = tl.load(x_rows + x_k + c, mask=x_k + c + element < K, other=0.0)
+        # four values a lane: what ``weight_operand`` expects of it
+        at = tl.max_contiguous(element + (k + c), (1, 4))
+        x_at = tl.max_contiguous(element + (x_k + c), (1, 4))
+        weight = tl.load(a_rows + at, mask=at < K, other=0.0)
+        value = tl.load(x_rows + x_at, mask=x_at < K, other=0.0)
         loaded = loaded + ((weight, value),)
     return loaded
 
@@ -66,9 +79,9 @@ def _down_kernel(
     split = tl.program_id(2)
     rank0, m0 = tl.program_id(0) * 16, tl.program_id(1) * (8 * COLUMNS)
     rank = tl.minimum(rank0 + index // (8 * WARPS) * 8 + index % 8, R - 1)
-    a_rows = a + rank.to(tl.int64) * K + element
+    a_rows = a + rank.to(tl.int64) * K
     m = tl.minimum(m0 + x_index // (8 * WARPS) * 8 + x_index % 8, M - 1)
-    x_rows = x + m.to(tl.int64) * K + element
+    x_rows = x + m.to(tl.int64) * K
     k, x_k = (split * steps * WARPS + warp) * CHUNK, (split * steps * WARPS + x_warp) * CHUNK
     if PDL:
         for step in range(steps):
@@ -195,13 +208,13 @@ def _up_kernel(
     tl.store(out + target, y, mask=mask)
 
 
-def ranks(x, a, pdl):
+def ranks(x, a, pdl, many_readers=False):
     """Partial sums (S, M, R) float32 of x (M, K) @ a (R, K)^T. With ``pdl`` the next launch may read x at once."""
     (M, K), R = x.shape, len(a)
     if M <= FEW_ROWS:
-        warps, chunk, most = DOWN
+        warps, chunk, most, least = DOWN
         turns = triton.cdiv(K, chunk * warps)
-        steps = triton.cdiv(turns, most)
+        steps = max(triton.cdiv(turns, most), least if many_readers else 1)
     else:
         block_k, warps, stages, least, most = TILED_DOWN
         turns = triton.cdiv(K, block_k)
@@ -227,9 +240,7 @@ def add_update(base, bias, update, dtype, pdl):
     (splits, M, R), r, N = update.h.shape, update.b.shape[1], base.shape[-1]
     width = N // 2 if update.gated else N
     out = torch.empty(M, width, dtype=dtype, device=base.device)
-    block_m = 16 if M <= 16 else 32
-    *blocks, warps = UP[block_m]
-    block_n = blocks[width >= WIDE_N]
+    block_m, block_n, warps = UP[next(rows for rows in UP if rows >= M)][width >= WIDE_N]
     _up_kernel[(triton.cdiv(width, block_n), triton.cdiv(M, block_m))](
         base, update.h, update.b, bias, update.residual, out, update.scaling, update.columns, M, N, R, r,
         BASE=base.shape[0] if base.ndim == 3 else 1, SPLITS=splits, RANK=max(16, triton.next_power_of_2(r)),
@@ -247,19 +258,27 @@ def few_rows(
     start and stop of each part in y; all contiguous. gated: silu(y[:, : N / 2]) * y[:, N / 2 :] instead of y.
     residual (M, N): residual + y.
     """
-    pdl, x, words = _runtime.arch(x.device) >= 90, aligned(x), weight[0]
+    arch, x, words = _runtime.arch(x.device), aligned(x), weight[0]
+    own = len(x) <= OWN_ROWS
+    pdl = own and arch >= 90  # between a library's kernels it gains nothing
     format, config = None, None
     if quant_block and words.dtype == torch.int32 and x.dtype != torch.float32:
         format = kernel_format(weight[1:])
-        config = packed_config(_runtime.arch(x.device), len(x), format)
+        config = packed_config(arch, len(x), format)
     with _runtime.launch_on(x):
-        update = Update(ranks(x, lora_a, pdl), lora_b, scaling, tuple(columns), gated, residual)
+        if own:
+            h = ranks(x, lora_a, pdl, len(words) >= 2 * WIDE_N)
+        else:
+            h = torch.mm(x, lora_a.to(x.dtype).t())[None]
+        update = Update(h, lora_b, scaling, tuple(columns), gated, residual)
         if isinstance(config, Config) and not config.over_n:
-            warps = 16 if x.shape[1] >= LONG_K and len(words) <= 16 * FEW_PROGRAMS else 4
+            warps = 8 if x.shape[1] >= LONG_K and len(words) <= 16 * FEW_PROGRAMS else 4
             whole = Config(False, warps, 1, config.columns, 1, pdl)
             operands = x, words, weight[1:], bias, first_block, format, whole
             return packed_products(*operands, not _runtime.INTERPRET, update=update, late=pdl)
         if config is not None:
+            if isinstance(config, TileConfig) and x.shape[1] >= LONG_K:
+                config = config._replace(programs=2 * config.programs)
             base = products(x, words, weight[1:], bias, first_block, config, late=pdl)
         elif quant_block:
             base = _matmul_triton(x, words, weight[1:], bias, quant_block, first_block)

@@ -11,7 +11,7 @@ Projections that share x run as one (``lora_linear_stacked``): W holds the rows 
 adapters, so that one product with W, one with A, and in backward one of each for dx and dA, serve all parts. Parts
 may be without an adapter.
 
-Up to ``MAX_ROWS`` rows of 16-bit x all is two or three launches (``lora_decode``), which read the adapters live.
+Up to ``MAX_ROWS`` rows of 16-bit x all is two to four launches (``lora_decode``), which read the adapters live.
 More rows are library products: 5 + P launches forward, of which two round A and B and one dequantises, and 6 + 2 P
 backward. There the adapter's part of y, and of dx, is written first, and the base product adds itself to it: one
 pass over y less than the other way round. FLOPs of the adapters: 2 M r (N + K) forward, 2 M r (2 N + 3 K) backward
@@ -33,14 +33,7 @@ from . import _runtime
 from .dispatch import route
 from .lora_decode import MAX_ROWS, few_rows
 from .matmul_4bit import _matmul_torch
-from .quantization import (
-    DTYPES,
-    QuantizedWeight,
-    _dequantize_torch,
-    _dequantize_triton,
-    dequantize_4bit_ref,
-    dequantize_op,
-)
+from .quantization import DTYPES, QuantizedWeight, dense, dequantize_4bit_ref
 from .swiglu import swiglu
 
 MAX_RANK = 128
@@ -65,14 +58,6 @@ def lora_linear_stacked_ref(x, weight, lora_a, lora_b, scaling, bias=None, start
         delta = scaling * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
         y = y + F.pad(delta, (start, y.shape[-1] - stop))
     return y
-
-
-def _dense(weight, quant_block, first_block, dtype):
-    """W, dense for as long as the result is held."""
-    if not quant_block:
-        return weight[0]
-    dequantize = route(dequantize_op, _dequantize_triton, _dequantize_torch, weight[0].device)
-    return dequantize(weight[0], weight[1:], quant_block, first_block, dtype)
 
 
 def _spans(columns):
@@ -124,7 +109,7 @@ def _lora_linear_triton(
             torch.addmm(bias[start:stop], *operands, alpha=scaling, out=target)
         else:
             target.addmm_(*operands, beta=0 if whole else 1, alpha=scaling)
-    return y.addmm_(x, _dense(weight, quant_block, first_block, x.dtype).t())
+    return y.addmm_(x, dense(weight, quant_block, first_block, x.dtype).t())
 
 
 def _lora_linear_torch(x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block):
@@ -145,20 +130,11 @@ def _lora_linear_bwd(
     a_dtype: torch.dtype, b_dtype: torch.dtype,
 ) -> list[torch.Tensor]:  # fmt: skip
     if not dy.numel():
-        options = (
-            dy,
-            x,
-            weight,
-            lora_a,
-            lora_b,
-            columns,
-            scaling,
-            quant_block,
-            first_block,
-            needs_x,
-            needs_lora,
-        )
-        return [t.zero_() for t in _bwd_fake(*options, a_dtype, b_dtype)]
+        empty = _bwd_fake(
+            dy, x, weight, lora_a, lora_b, columns, scaling, quant_block, first_block, needs_x, needs_lora, a_dtype,
+            b_dtype,
+        )  # fmt: skip
+        return [t.zero_() for t in empty]
     dy, a, b, r = dy.contiguous(), lora_a.to(x.dtype), lora_b.to(x.dtype), lora_b.shape[1]
     g, spans = dy.new_empty(dy.shape[0], a.shape[0]), _spans(columns)  # g and h with the scaling in them
     for part, (start, stop, first) in enumerate(spans):
@@ -167,7 +143,7 @@ def _lora_linear_bwd(
         target.addmm_(*operands, beta=0, alpha=scaling)
     dx, grads = dy.new_empty(0), [dy.new_empty(0) for _ in range(0 if needs_lora else 1 + len(spans))]
     if needs_x:
-        dx = torch.mm(g, a).addmm_(dy, _dense(weight, quant_block, first_block, x.dtype))
+        dx = torch.mm(g, a).addmm_(dy, dense(weight, quant_block, first_block, x.dtype))
     if needs_lora:
         h = torch.addmm(g, x, a.t(), beta=0, alpha=scaling)
         grads = [_product(g.t(), x, a_dtype)]
@@ -232,8 +208,11 @@ def _forward(x, bias, weight, columns, scaling, quant_block, first_block, *adapt
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, weight, columns, scaling, quant_block, first_block, value, *adapters):
+    def forward(
+        ctx, x, bias, weight, columns, scaling, quant_block, first_block, value, gradients, *adapters
+    ):
         ctx.columns, ctx.scaling, ctx.layout = columns, scaling, (quant_block, first_block)
+        ctx.gradients = gradients
         stacks = _stacked(x, adapters)
         # Rounded copies serve backward, too; views of the parameters would escape its check that none has changed.
         rounded = [] if stacks[0].dtype == adapters[0].dtype else stacks
@@ -252,20 +231,25 @@ class _LoraLinear(torch.autograd.Function):
         adapters, weight = tensors[: 2 * P], tensors[2 * P + ctx.rounded :]
         stacks = tensors[2 * P : 2 * P + 2] if ctx.rounded else _stacked(x, adapters)
         needs_x, needs_bias, *_ = ctx.needs_input_grad
-        needed = ctx.needs_input_grad[8:]
+        needed, targets = ctx.needs_input_grad[9:], ctx.gradients or ()
+        needs_lora = any(needed) or bool(targets)
+        dtypes = (torch.float32,) * 2 if targets else (adapters[0].dtype, adapters[P].dtype)
         dx = dbias = None
         grads = [None] * (2 * P)
-        if needs_x or any(needed):
+        if needs_x or needs_lora:
             backward = route(_bwd_op, _lora_linear_bwd, _lora_linear_bwd, x.device)
-            options = ctx.columns, ctx.scaling, *ctx.layout, needs_x, any(needed)
+            options = ctx.columns, ctx.scaling, *ctx.layout, needs_x, needs_lora
             with torch.autocast(x.device.type, enabled=False):
-                dx, da, *db = backward(dy, x, weight, *stacks, *options, adapters[0].dtype, adapters[P].dtype)
-            if any(needed):
+                dx, da, *db = backward(dy, x, weight, *stacks, *options, *dtypes)
+            if needs_lora:
                 grads = [*(da.split(adapters[0].shape[0]) if P > 1 else [da]), *db]
+        for target, grad in zip(targets, grads, strict=False):
+            if target is not None:
+                target.copy_(grad)
         if needs_bias:
             dbias = dy.sum(0)
-        grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-        return dx if needs_x else None, dbias, None, None, None, None, None, None, *grads
+        grads = [grad if need and not targets else None for grad, need in zip(grads, needed, strict=True)]
+        return dx if needs_x else None, dbias, None, None, None, None, None, None, None, *grads
 
 
 def _check_operand(name, tensor, shape, dtypes, device):
@@ -302,8 +286,9 @@ def lora_linear(x, weight, lora_a, lora_b, scaling, bias=None):
 
 
 def lora_linear_stacked(
-    x, weight, lora_a, lora_b, scaling, bias=None, starts=None, *, gated=False, residual=None, value=True
-):
+    x, weight, lora_a, lora_b, scaling, bias=None, starts=None, *, gated=False, residual=None, value=True,
+    gradients=None,
+):  # fmt: skip
     """:func:`lora_linear` of P projections of one x, whose rows of ``weight`` stand one after the other.
 
     Part p owns the outputs from ``starts[p]`` on: y[..., starts[p] : starts[p] + N_p] gets scaling * (x @
@@ -317,6 +302,8 @@ def lora_linear_stacked(
         gated: give ``swiglu(y)``, (..., N / 2). residual (..., N) of x's dtype: give residual + y. One or neither;
             for few rows and without a graph to build no launch of its own.
         value: False where only gradients are wanted, of a result that is known: y is zeros, uncomputed.
+        gradients: float32 tensors shaped as lora_a, then as lora_b, None for some: backward writes the adapters'
+            gradients there and gives none to autograd, which would round them to the adapters' dtype.
 
     Returns:
         (..., N) in x's dtype.
@@ -352,7 +339,11 @@ def lora_linear_stacked(
         _check_operand("residual", residual, (*x.shape[:-1], N), (x.dtype,), device)
     if gated and (residual is not None or N % 2):
         raise ValueError(f"gated with {N} outputs and residual {residual is not None}, expected 2F and none")
-    return _apply(x, weight, bias, columns, scaling, (*lora_a, *lora_b), gated, residual, value)
+    if gradients is not None:
+        for index, (target, parameter) in enumerate(zip(gradients, (*lora_a, *lora_b), strict=True)):
+            if target is not None:
+                _check_operand(f"gradients[{index}]", target, parameter.shape, (torch.float32,), device)
+    return _apply(x, weight, bias, columns, scaling, (*lora_a, *lora_b), gated, residual, value, gradients)
 
 
 def _check_base(x, weight, bias, r):
@@ -373,10 +364,13 @@ def _check_base(x, weight, bias, r):
         raise ValueError("the weight requires a gradient, expected a frozen one")
 
 
-def _apply(x, weight, bias, columns, scaling, adapters, gated=False, residual=None, value=True):
+def _apply(
+    x, weight, bias, columns, scaling, adapters, gated=False, residual=None, value=True, gradients=None
+):
     if torch.is_autocast_enabled(x.device.type):
+        options = gated, residual, value, gradients
         with torch.autocast(x.device.type, enabled=False):
-            return _apply(x, weight, bias, columns, scaling, adapters, gated, residual, value)
+            return _apply(x, weight, bias, columns, scaling, adapters, *options)
     (N, K), tensors, quant_block, first_block = weight.shape, [weight], 0, 0
     if isinstance(weight, QuantizedWeight):
         codes, scales, quant_block, first_block = weight.operands()
@@ -384,7 +378,7 @@ def _apply(x, weight, bias, columns, scaling, adapters, gated=False, residual=No
     rows = x.reshape(-1, K).contiguous()
     operands = rows, bias, tensors, columns, float(scaling), quant_block, first_block
     if torch.is_grad_enabled():
-        y = _LoraLinear.apply(*operands, value, *adapters)
+        y = _LoraLinear.apply(*operands, value, gradients, *adapters)
     else:  # without a graph to build, the cost of an autograd function is saved
         forward = route(_op, _lora_linear_triton, _lora_linear_torch, x.device)
         if (gated or residual is not None) and forward is _lora_linear_triton and _few(rows, N):

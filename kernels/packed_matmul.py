@@ -187,7 +187,9 @@ def packed_kernel(
             loaded = ()
             for k in tl.static_range(0, RANK, 16 * WARPS):
                 rank = 16 * warp + word + k
-                loaded = loaded + (tl.load(b + b_row * r + rank, mask=(part >= 0) & (rank < r), other=0.0),)
+                # four values a lane, as of words: a wider load of b would change the layout of both
+                place = tl.max_contiguous(b_row * r + rank, (1, 4))
+                loaded = loaded + (tl.load(b + place, mask=(part >= 0) & (rank < r), other=0.0),)
             b_rows, parts = b_rows + (loaded,), parts + (part,)
     queue = ()
     for ahead in tl.static_range(DEPTH):
@@ -355,9 +357,10 @@ def packed_products(
     # Tiles of K as soon as possible where programs are few; elsewhere the registers for it cost resident programs.
     depth = 1
     if columns == rows == 1 and across <= FEW_PROGRAMS and steps >= 3:
-        depth = 2 if format == "int4" else 3
-    # A multiprocessor has 2048 registers for each of a program's lanes; three gated programs are to be resident.
-    registers = min(160 if update.gated else 256, 2048 // warps)
+        depth = 2 if format == "int4" else 4 if warps == 8 else 3
+    # A multiprocessor has 2048 registers for each of a program's lanes; three gated programs are to be resident, and
+    # beside one of eight warps those of the launch before it.
+    registers = min(160 if update.gated or warps == 8 else 256, 2048 // warps)
     registers = registers if registers < 256 else None
     out = x.new_empty(M, N // 2 if update.gated else N)
     if split > 1:

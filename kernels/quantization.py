@@ -19,6 +19,7 @@ import triton.language as tl
 
 from . import _runtime
 from .code_words import WORDS, aligned, block_scale, code_table, decode_words, packed_tile, weight_tile
+from .dispatch import route
 from .packed_codes import NF4_CODE, unpack
 from .quantized_weight import DTYPES, INT4_BLOCK, NESTED_BLOCK, QuantizedWeight, check_layout, decode_absmax
 
@@ -227,6 +228,14 @@ def _dequantize_fake(codes, scales, quant_block, first_block, dtype):
 dequantize_op = _runtime.register(
     "dequantize_4bit", triton_impl=_dequantize_triton, torch_impl=_dequantize_torch, fake=_dequantize_fake
 )
+
+
+def dense(weight, quant_block, first_block, dtype):
+    """The matrix of operands [W], or of [codes, *scales] with a ``quant_block``: dense for as long as it is held."""
+    if not quant_block:
+        return weight[0]
+    dequantize = route(dequantize_op, _dequantize_triton, _dequantize_torch, weight[0].device)
+    return dequantize(weight[0], weight[1:], quant_block, first_block, dtype)
 
 
 def dequantize_4bit(q, dtype=None):

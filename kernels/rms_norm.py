@@ -48,7 +48,8 @@ def _rms_norm_kernel(
     ADD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y (rows, D) = norm of x, whose row i lies at (i // H) * x_token + (i % H) * x_head; total where ADD."""
-    prefetch_values(weight, D, BLOCK_D, PDL)
+    if tl.program_id(0) == 0:  # requests for the same lines would wait for each other
+        prefetch_values(weight, D, BLOCK_D, PDL)
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_D)

@@ -8,9 +8,9 @@ registers. K is split over programs where N alone does not fill the card.
     int4   acc += (scale_b codes + minimum_b) @ x_b
 
 with the weights rounded to x's dtype as ``dequantize_4bit`` rounds them (nf4: beside the rounding of
-``packed_codes``); sums are float32 in a fixed order. Bytes: N K / 2 codes and the scales once for each BLOCK_M rows,
-x once for each BLOCK_N columns (through the L2 cache), SPLIT M N 4 twice for partial sums where K is split. FLOPs: 2
-M N K. A row's result depends on that row and the configuration alone.
+``packed_codes``, and in bfloat16 with 16 bits of the scale); sums are float32 in a fixed order. Bytes: N K / 2 codes
+and the scales once for each BLOCK_M rows, x once for each BLOCK_N columns (through the L2 cache), SPLIT M N 4 twice
+for partial sums where K is split. FLOPs: 2 M N K. A row's result depends on that row and the configuration alone.
 """
 
 from typing import NamedTuple
@@ -26,19 +26,29 @@ from .packed_matmul import block_scale_of, half_float, per_tile_scales
 
 @triton.jit
 def _weights(
-    values, raw, minimum, scales, block, HALF: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr
-):
+    values, raw, minimum, scales, block, HALF: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):  # fmt: skip
     """Half a tile's weights in four tensors of the words' shape, as ``decode_packed`` gives the codes."""
     PER_BLOCK: tl.constexpr = 2 if FORMAT == "int4" else 4
     result = ()
     for i in tl.static_range(4):
         number = HALF * (4 // PER_BLOCK) + i // PER_BLOCK
         scale = block_scale_of(scales, raw, block, True, number, FORMAT, DTYPE)[:, None]
-        value = values[i].to(tl.float32)
         if FORMAT == "int4":
-            value = (value - 16) * scale + half_float(minimum, 16 * number)[:, None]
+            value = (values[i].to(tl.float32) - 16) * scale + half_float(minimum, 16 * number)[:, None]
+        elif ASSEMBLY and DTYPE == tl.bfloat16:
+            # Two values at once: value * high is exact inside the addition, so that one rounding is left, and
+            # value * low is of 16 bits of the scale.
+            high = scale.to(tl.bfloat16)
+            low = (scale - high.to(tl.float32)).to(tl.bfloat16)
+            high, low = tl.broadcast_to(high, values[i].shape), tl.broadcast_to(low, values[i].shape)
+            value = tl.inline_asm_elementwise(
+                "{ .reg .b32 t; mul.rn.bf16x2 t, $1, $3; fma.rn.bf16x2 $0, $1, $2, t; }", "=r,r,r,r",
+                [values[i], high, low], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
         else:
-            value *= scale
+            value = values[i].to(tl.float32) * scale
         result = result + (value.to(DTYPE),)
     return result
 
@@ -79,7 +89,7 @@ def tiled_kernel(
         for half in tl.static_range(2):
             values = decode_packed(words, half, DTYPE, FORMAT != "int4", ASSEMBLY)
             block = (rows * tiles + tile) * 2 + first_block
-            values = _weights(values, raw, minimum, scales, block, half, FORMAT, DTYPE)
+            values = _weights(values, raw, minimum, scales, block, half, FORMAT, DTYPE, ASSEMBLY)
             x_tile = tl.load(x_rows + tile * 128 + half * 64)
             acc = tl.dot(x_tile, tl.trans(_in_order(values, BLOCK_N)), acc)
     if PDL and LATE:

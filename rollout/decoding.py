@@ -274,12 +274,20 @@ class Decoder:
             self.addresses = torch.zeros(layers, each, dtype=torch.int64, device=policy.device)
 
     def cache(self, num_blocks, block_size):
-        """A ``KVCache`` that the captured steps can read."""
+        """A ``KVCache`` that the captured steps can read; out of memory, what they work in makes room for it."""
         policy = self.policy
-        return KVCache(
+        make = lambda: KVCache(
             policy.config, num_blocks, block_size,
             device=policy.device, dtype=self.kv_dtype, addresses=self.addresses,
         )  # fmt: skip
+        try:
+            return make()
+        except torch.OutOfMemoryError:
+            for steps in (self.graphs, policy.steps):
+                if steps is not None:
+                    steps.clear()
+            torch.cuda.empty_cache()
+        return make()
 
     def prefill(self, cache, parts):
         """Compute ``parts``: (sequence, stop), each from its ``num_cached``; hidden states (S, D) of their ends."""

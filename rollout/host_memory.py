@@ -1,7 +1,7 @@
-"""The CPU's memory in the service of a GPU: tensors that it reads where they lie, and weights laid out without gaps.
+"""The CPU's memory in the service of a GPU: tensors that it uses where they lie, and weights laid out without gaps.
 
 A kernel that gathers some rows of an embedding fetches those over PCIe, T D b bytes for T tokens; none of the table's
-V D b bytes are on the card.
+V D b bytes are on the card. Whatever kernel reads or writes such a tensor, PCIe is what it waits for.
 """
 
 import torch
@@ -20,11 +20,22 @@ class _Mapped:
         }
 
 
+def _of_device(pinned, device):
+    mapped = torch.as_tensor(_Mapped(pinned.flatten().view(torch.uint8)), device=device)
+    return mapped.view(pinned.dtype).view(pinned.shape)
+
+
 def in_host_memory(tensor):
     """A copy of a CUDA tensor in pinned CPU memory, as a tensor of the same device, shape and dtype."""
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-    mapped = torch.as_tensor(_Mapped(pinned.flatten().view(torch.uint8)), device=tensor.device)
-    return mapped.view(tensor.dtype).view(tensor.shape)
+    return _of_device(pinned, tensor.device)
+
+
+def host_zeros(count, device):
+    """(count,) float32 zeros in CPU memory, as a tensor of ``device``: pinned where that is a GPU."""
+    if device.type == "cpu":
+        return torch.zeros(count)
+    return _of_device(torch.zeros(count, pin_memory=True), device)
 
 
 def laid_out_again(weights, device, *, but=None):

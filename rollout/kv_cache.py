@@ -5,6 +5,7 @@ tables; a full block may be shared by any number of sequences that begin with th
 arXiv 2309.06180).
 """
 
+import contextlib
 import math
 
 import numpy as np
@@ -119,7 +120,11 @@ class KVCache:
         self.codes = math.prod(shape) if dtype == torch.int8 else None  # bytes of a block, without its scales
         if self.codes is not None:
             shape = (self.codes + 4 * math.prod(self.rows),)
-        self.data = torch.empty((layers, num_blocks, 2, *shape), device=device, dtype=dtype)
+        # Apart from all other memory: it goes back whole, and nothing that outlives a rollout settles in its place.
+        pool = torch.cuda.MemPool() if torch.device(device).type == "cuda" else None
+        with contextlib.nullcontext() if pool is None else torch.cuda.use_mem_pool(pool, device):
+            self.data = torch.empty((layers, num_blocks, 2, *shape), device=device, dtype=dtype)
+        self.pool = pool  # after the data, which it outlives
         self.steps = {}
         self.addresses = addresses
         if addresses is not None:

@@ -32,7 +32,7 @@ class LayerSteps:
 
     def clear(self):
         """Give back the graphs and their memory."""
-        self.states, self.workspace, self.capacity = {}, None, (0, 0, None)
+        self.states, self.workspace, self.capacity = {}, None, (0, 0)
         if self.graphs is not None:
             self.graphs.clear()
 
@@ -58,7 +58,8 @@ class LayerSteps:
             )
         entered = _Pass(state, (cos, sin, *attend.plan_for(*state.shapes)))
         return [
-            _Step(entered, layer, *runs) for layer, *runs in zip(model.layers, forward, backward, strict=True)
+            _Step(entered, layer, *runs, self.policy.take_gradients)
+            for layer, *runs in zip(model.layers, forward, backward, strict=True)
         ]
 
     @torch.inference_mode(False)  # what is kept between calls must stay writable outside of it
@@ -66,14 +67,13 @@ class LayerSteps:
         """The ``LayerState`` for ``tokens``, in a workspace that is made anew where it is too small."""
         model, trained = self.policy.model, [_trained(layer) for layer in self.policy.model.layers]
         values = max(sum(p.numel() for p in own) for own in trained)
-        dtype = next((p.dtype for own in trained for p in own), None)
-        if tokens > self.capacity[0] or values > self.capacity[1] or dtype not in (None, self.capacity[2]):
+        if tokens > self.capacity[0] or values > self.capacity[1]:
             self.clear()
             rows = max(WORKSPACE_TOKENS, 1 << (tokens - 1).bit_length())  # so that it seldom grows
-            self.capacity, embedding = (rows, values, dtype), model.embedding
+            self.capacity, embedding = (rows, values), model.embedding
             self.workspace = (
                 *embedding.new_zeros(2, rows, embedding.shape[1]),
-                embedding.new_zeros(values, dtype=dtype),
+                embedding.new_zeros(values, dtype=torch.float32),
             )
         if tokens not in self.states:
             hidden_states, grad, gradients = self.workspace
@@ -85,8 +85,8 @@ class LayerState:
     """What the graphs of T tokens read and write.
 
     hidden_states (T, D): a layer's input, then its output. grad (T, D): the gradient of a layer's output, then of its
-    input. gradients (values,) in the adapters' dtype: theirs, one after the other. cos, sin (T, head_dim / 2) and the
-    plan of ``attend``: the pass that ``owner`` names.
+    input. gradients (values,) float32: those of the layer's adapters, one after the other. cos, sin (T, head_dim / 2)
+    and the plan of ``attend``: the pass that ``owner`` names.
     """
 
     def __init__(self, model, hidden_states, grad, gradients):
@@ -107,21 +107,15 @@ class LayerState:
 
     def backward(self, layer):
         def run():
-            with _own_leaves(layer) as parameters, torch.enable_grad():
-                x = self.hidden_states.detach()
-                leaves = [x.requires_grad_(), *parameters] if layer.index else parameters
-                if not leaves:
-                    return
+            if not (layer.index or _trained(layer)):
+                return
+            x = self.hidden_states.detach().requires_grad_()
+            with _own_leaves(layer, self.gradients), torch.enable_grad():
                 y = layer(x, self.cos, self.sin, self.attend)
                 # In this thread: a library's workspace is held for every thread that calls it.
                 with torch.autograd.set_multithreading_enabled(False):
-                    found = torch.autograd.grad(y, leaves, self.grad)
-            if layer.index:
-                self.grad.copy_(found[0])
-                found = found[1:]
-            if found:
-                values = [gradient.flatten() for gradient in found]
-                torch.cat(values, out=self.gradients[: sum(map(len, values))])
+                    [dx] = torch.autograd.grad(y, [x], self.grad)
+            self.grad.copy_(dx)
 
         return run
 
@@ -142,8 +136,8 @@ class _Pass:
 class _Step:
     """A layer of a pass from its graphs: see ``recompute``."""
 
-    def __init__(self, entered, layer, forward, backward):
-        self.entered, self.layer = entered, layer
+    def __init__(self, entered, layer, forward, backward, take_gradients):
+        self.entered, self.layer, self.take_gradients = entered, layer, take_gradients
         self.replay_forward, self.replay_backward = forward, backward
 
     def forward(self, x):
@@ -161,9 +155,13 @@ class _Step:
         self.replay_backward()
         parameters = self.layer.parameters_in_use()
         trained = _trained(self.layer)
-        values = sum(p.numel() for p in trained)
-        parts = iter(_parts(state.gradients[:values].clone(), trained))
-        grads = [next(parts).to(p.dtype) if p.requires_grad else None for p in parameters]
+        gradients = state.gradients[: sum(p.numel() for p in trained)]
+        if trained and self.take_gradients is not None:
+            self.take_gradients(trained, gradients)
+            grads = [None] * len(parameters)
+        else:
+            parts = iter(_parts(gradients.clone(), trained))
+            grads = [next(parts).to(p.dtype) if p.requires_grad else None for p in parameters]
         return [state.grad.clone() if needs[0] else None, *grads]
 
 
@@ -179,29 +177,32 @@ def _parts(flat, parameters):
 
 
 @contextlib.contextmanager
-def _own_leaves(layer):
-    """Inside, the layer's adapters are leaves of their own over the same memory; yields those that are trained.
+def _own_leaves(layer, gradients):
+    """Inside, the layer's adapters belong to no graph, and backward writes the trained ones' gradients to
+    ``gradients``, float32, one after the other.
 
     A parameter's own leaf may belong to a graph of another stream, which must not be drawn into a capture. And the
     layer's last product is not computed: its gradients do not need it.
     """
-    linears = [getattr(layer, name) for name in STACKS]
+    linears, trained = [getattr(layer, name) for name in STACKS], _trained(layer)
     before = [(linear.lora_a, linear.lora_b) for linear in linears]
-    own = lambda tensors: tuple(p.detach().requires_grad_(p.requires_grad) for p in tensors)
+    targets = {id(p): part for p, part in zip(trained, _parts(gradients, trained), strict=True)}
     for linear, (lora_a, lora_b) in zip(linears, before, strict=True):
-        linear.lora_a, linear.lora_b = own(lora_a), own(lora_b)
+        own = [targets.get(id(p)) for p in (*lora_a, *lora_b)]
+        linear.gradients = own if any(target is not None for target in own) else None
+        linear.lora_a, linear.lora_b = (tuple(p.detach() for p in parts) for parts in (lora_a, lora_b))
     last = layer.down_proj
     if last.lora_a and last.adapter_on:
         last.forward = lambda x, residual: lora_linear_stacked(
             x, last.weight, last.lora_a, last.lora_b, last.scaling, last.bias, last.starts,
-            residual=residual, value=False,
+            residual=residual, value=False, gradients=last.gradients,
         )  # fmt: skip
     try:
-        yield _trained(layer)
+        yield
     finally:
         vars(last).pop("forward", None)
         for linear, (lora_a, lora_b) in zip(linears, before, strict=True):
-            linear.lora_a, linear.lora_b = lora_a, lora_b
+            linear.lora_a, linear.lora_b, linear.gradients = lora_a, lora_b, None
 
 
 def padded_tokens(tokens):

@@ -120,6 +120,9 @@ class StackedLinear(nn.Module):
         self.parts, self.sizes = parts, sizes
         self.weight, self.bias = weight, bias
         self.adapter_on = True
+        self.gradients = (
+            None  # where backward writes the adapters' gradients, as ``lora_linear_stacked`` has it
+        )
         self.remove_adapters()
 
     def remove_adapters(self):
@@ -159,7 +162,8 @@ class StackedLinear(nn.Module):
         """y; with ``gated`` swiglu(y), for a gate and an up projection; with ``residual`` residual + y."""
         if self.lora_a and self.adapter_on:
             adapters = self.lora_a, self.lora_b, self.scaling, self.bias, self.starts
-            return lora_linear_stacked(x, self.weight, *adapters, gated=gated, residual=residual)
+            options = {"gated": gated, "residual": residual, "gradients": self.gradients}
+            return lora_linear_stacked(x, self.weight, *adapters, **options)
         if isinstance(self.weight, QuantizedWeight):
             y = matmul_4bit(x, self.weight, self.bias)
         else:

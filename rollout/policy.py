@@ -46,6 +46,9 @@ class Policy:
         self.graph_pool = GraphPool()
         # On a GPU launches are what a pass would wait for; ``LayerSteps(self, graphs=False)`` goes without graphs.
         self.steps = LayerSteps(self) if self.device.type == "cuda" else None
+        # Called with a layer's trained adapters and their (values,) float32 gradients, one after the other; then
+        # autograd gets none, which would have to be of the adapters' dtype.
+        self.take_gradients = None
 
     @classmethod
     def load(cls, name_or_path=None, *, quantize=None, lora=DEFAULT_LORA, device=None, dtype=None, seed=0):

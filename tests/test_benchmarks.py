@@ -1,9 +1,12 @@
 """The benchmark harness: what it measures, what it refuses to time, and that BENCHMARKS.md renders its records."""
 
-import importlib
+import importlib.util
 import json
 import sys
 import time
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
 
 import bench_linear_logprob as bench
 import cases
@@ -30,6 +33,7 @@ ENVIRONMENT = {
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(comparison, "SECONDS", 0)
+    monkeypatch.setattr(comparison.gc, "collect", lambda: 0)  # a tenth of a second for each contender
 
 
 def constant(value):
@@ -155,6 +159,38 @@ def test_who_does_not_run_is_recorded_with_the_reason():
     }
 
 
+def test_a_slow_peer_is_called_once_and_then_timed():
+    calls = []
+    peers = [
+        Peer(name, None, lambda name=name: lambda: calls.append(name) or 1.0, rounds=rounds)
+        for name, rounds in (("ours", None), ("slow", 2), ("slower", 1))
+    ]
+    record = compare(*peers, rounds={"warmup": 2, "fewest": 5})
+    assert (calls.count("slow"), calls.count("slower")) == (3, 1)
+    assert [result["rounds"] for result in record["contenders"].values()] == [5, 2, 1]
+
+
+def test_what_a_graph_reads_outlives_it(monkeypatch):
+    monkeypatch.setattr(measurement, "captured", lambda call: lambda: None)  # a graph holds addresses alone
+    x = torch.zeros(1)
+    lap, alive = measurement.lap_of([lambda x=x: x + 1], graph=True), weakref.ref(x)
+    del x
+    assert alive() is not None and lap.copies == 1
+    del lap
+    assert alive() is None
+
+
+def test_a_process_is_ended_in_time_and_what_it_printed_counts(tmp_path):
+    script = tmp_path / "steps.py"
+    script.write_text(
+        "import sys, time\nprint('{\"step\": 1}', flush=True)\ntime.sleep(float(sys.argv[1]))\n"
+    )
+    assert comparison.in_process(script, 60, seconds=0.5) == comparison.in_process(script, 0) == [{"step": 1}]
+    script.write_text("raise ValueError('why it failed')")
+    with pytest.raises(RuntimeError, match="ValueError: why it failed"):
+        comparison.in_process(script)
+
+
 @pytest.mark.parametrize("value, error", [(2.0, AssertionError), (RuntimeError("broken"), RuntimeError)])
 def test_our_own_failure_is_an_error(value, error):
     with pytest.raises(error):
@@ -209,7 +245,15 @@ def test_losses_show_as_plainly_as_wins(tmp_path, ours, ratio):
 
 @pytest.mark.parametrize(
     "value, text",
-    [(0, "0"), (0.01234, "0.0123"), (0.5, "0.500"), (1.234, "1.23"), (123.4, "123"), (12345.6, "12,346")],
+    [
+        (0, "0"),
+        (1234, "1,234"),
+        (0.01234, "0.0123"),
+        (0.5, "0.500"),
+        (1.234, "1.23"),
+        (123.4, "123"),
+        (12345.6, "12,346"),
+    ],
 )
 def test_numbers_have_three_digits(value, text):
     assert render.number(value) == text
@@ -257,41 +301,111 @@ def test_ours_is_the_public_operation():
     assert torch.equal(got, fused_linear_logprob(problem.hidden, problem.weight, problem.target_ids).logprobs)
 
 
-MORE = {
-    "lora_linear": ("PEFT + bitsandbytes",),
-    "tree_attention": ("torch SDPA with a mask", "ours, prefix repeated"),
-    "paged_attention": ("torch SDPA, contiguous keys", "ours, storing the last token"),
-}
+def case(**shape):
+    return cases.Case("tiny", "float32", shape)
+
+
+LAYER, MODELS_OF_A_GROUP = cases.decoder_layer("cpu")[0], cases.training("cpu")
+TREE = case(prefix=5, branches=3, length=7, H=4, KVH=2, D=16)
 SMALL = {
-    "lora_linear": cases.Case("tiny linear", "float32", {"M": 20, "K": 64, "N": 128, "r": 4}),
-    "tree_attention": cases.Case(
-        "tiny tree", "float32",
-        {"prefix": 5, "branches": 3, "length": 7, "H": 4, "KVH": 2, "D": 16},
-    ),
-    "paged_attention": cases.Case(
-        "tiny cache", "float32", {"S": 3, "C": 37, "shared": 16, "H": 4, "KVH": 2, "D": 16}
-    ),
+    "linear_logprob": [{"case": TINY, "mode": mode} for mode in ("forward", "forward + backward")],
+    "policy_loss": [{"case": case(B=3, T=5)}],
+    "matmul_4bit": [{"case": case(M=3, K=64, N=128), "format": format} for format in ("nf4", "int4")],
+    "dequantize": [{"case": case(N=8, K=64), "format": format} for format in ("nf4", "int4")],
+    "small_kernels": [
+        {"case": case(T=5, D=16, F=32, V=50, H=2, KVH=1, head_dim=8), "name": name, "mode": mode}
+        for name, mode in (
+            ("rms_norm with a residual", "forward"), ("rotary", "forward + backward"), ("swiglu", "forward"),
+            ("sample_tokens", "forward"),
+        )
+    ],
+    "lora_linear": [{"case": case(M=20, K=64, N=128, r=4)}],
+    "decode_linears": [
+        {"case": cases.decode_linears("cpu")[0], "name": name} for name in ("qkv_proj", "gate_up_proj", "down_proj")
+    ],
+    "decoder_layer": [{"case": LAYER}],
+    "training": [{"training": training} for training in MODELS_OF_A_GROUP],
+    "tree_attention": [{"case": TREE, "mode": "forward + backward"}],
+    "paged_attention": [{"case": case(S=3, C=37, shared=16, H=4, KVH=2, D=16)}],
+    "generate": [{"rollout": rollout} for rollout in cases.generate("cpu")],
+    "step": [{"step": cases.step("cpu")[0]}],
+    "cold_start": [{"model": "tiny-qwen2"}],
 }  # fmt: skip
+PEERS_HERE = {
+    "matmul_4bit": ["BLAS"],
+    "lora_linear": ["PEFT + bitsandbytes", "torch over a dense base"],
+    "decode_linears": ["PEFT + bitsandbytes", "dense linear"],
+    "decoder_layer": ["transformers + PEFT + bitsandbytes", "ours, plan included"],
+    "tree_attention": ["torch SDPA with a mask", "ours, prefix repeated"],
+    "paged_attention": [
+        "torch SDPA, contiguous keys",
+        "ours, storing the last token",
+        "ours, prefix stored for each",
+    ],
+    "generate": ["transformers generate"],
+    "small_kernels": ["torch", "torch.compile"],
+    "policy_loss": ["torch, loss alone", "ours, with every metric"],
+    "cold_start": ["transformers + bitsandbytes"],
+}
+
+
+def test_a_file_that_has_taken_its_time_is_left(monkeypatch):
+    spec = importlib.util.spec_from_file_location("bench_conftest", render.RESULTS.parent / "conftest.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    config = SimpleNamespace(stash={}, getoption=lambda name: ["bench_slow=10", "bench_other=1"])
+    hooks.pytest_configure(config)
+    item, times = SimpleNamespace(path=Path("bench_slow.py"), config=config), iter((100.0, 109.0, 111.0))
+    monkeypatch.setattr(hooks, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    monkeypatch.setattr(hooks.gc, "freeze", lambda: None)
+    hooks.pytest_runtest_setup(item)
+    hooks.pytest_runtest_setup(item)
+    with pytest.raises(pytest.skip.Exception, match="bench_slow has taken its 10 seconds"):
+        hooks.pytest_runtest_setup(item)
+
+
+def test_every_benchmark_has_a_tiny_run():
+    files = {path.stem.removeprefix("bench_") for path in render.RESULTS.parent.glob("bench_*.py")}
+    assert files == set(SMALL)
 
 
 @pytest.mark.parametrize("operation", SMALL)
-def test_each_new_adapter_agrees_with_the_truth(operation):
-    """The benchmark itself, at a tiny shape: every contender that can run here is checked and timed."""
-    module, case = importlib.import_module(f"bench_{operation}"), SMALL[operation]
-    records = []
+def test_every_benchmark_runs(operation, monkeypatch, capsys, tmp_path):
+    """Each at a tiny size: every contender that can run here is checked against the truth, timed and rendered."""
+    module, records = importlib.import_module(f"bench_{operation}"), []
+    monkeypatch.setattr(
+        comparison, "with_peak", lambda call, device: (call(), 0)
+    )  # the profiler takes a second
+    monkeypatch.setattr(comparison, "peak_bytes", lambda call, device: 0)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+    def in_this_process(file, *arguments, seconds=None):
+        capsys.readouterr()
+        module.main(*arguments)
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+
+    if hasattr(module, "in_process"):
+        monkeypatch.setattr(module, "in_process", in_this_process)
     compare = lambda case, mode, **arguments: records.append(
         comparison.compare(case, mode, "cpu", **arguments)
     )
-    modes = ({"mode": "forward + backward"},) if operation == "tree_attention" else ({},)
-    for mode in modes:
-        getattr(module, f"test_{operation}")(compare, case, **mode)
-    for record in records:
+    available = {"compare": compare, "record": records.append, "tmp_path": tmp_path}
+    tests = [getattr(module, name) for name in vars(module) if name.startswith("test_")]
+    for run, arguments in [(tests[0], each) for each in SMALL[operation]] + [(run, {}) for run in tests[1:]]:
+        names = run.__code__.co_varnames[: run.__code__.co_argcount]
+        run(**arguments, **{name: value for name, value in available.items() if name in names})
+    for record in records[-len(SMALL[operation]) :] if len(tests) == 1 else records[-1:]:
         ran = {name for name, result in record["contenders"].items() if "ms" in result}
-        assert {"ours", *MORE[operation]} <= ran, record["contenders"]
+        assert {"ours", *PEERS_HERE.get(operation, ())} <= ran, record["contenders"]
+    assert len(records) == len(SMALL[operation]) + len(tests) - 1
+    for record in records:
+        comparison.store(operation, ENVIRONMENT, record, tmp_path / "results")
+    text = render.render(tmp_path / "results")
+    assert all(f"#### {record['case']}, {record['mode']}" in text for record in records)
 
 
 def test_a_step_of_a_tree_is_counted_by_its_visible_pairs():
-    problem = importlib.import_module("bench_tree_attention").Problem(SMALL["tree_attention"])
+    problem = importlib.import_module("bench_tree_attention").Problem(TREE)
     mask = torch.zeros(26, 26, dtype=torch.bool)
     for branch in range(3):
         own = torch.arange(5 + 7 * branch, 12 + 7 * branch)
@@ -327,16 +441,20 @@ def test_rates_and_facts_stand_in_the_document(tmp_path):
     comparison.store("some_op", ENVIRONMENT, record, tmp_path)
     text = render.render(tmp_path)
     assert "tokens/s" in text and "150,000" in text
-    assert "Ours: MiB of keys 12.0." in text
+    assert "| case | MiB of keys |" in text and f"| {record['case']} | 12.0 |" in text
     assert text.index("| b | 3.00 | 75% |") < text.index("| a | 1.00 | 25% |")
-    assert "none ran" in text  # a variant of ours is no peer
+    assert "best peer's" not in text  # a variant of ours is no peer
 
 
 def test_facts_of_a_step_sum_to_the_whole():
     module = importlib.import_module("bench_step")
     step = {f"seconds_{phase}": 0.1 for phase in module.PHASES}
-    step |= {"seconds": 0.7, "completion_tokens": 40, "memory_allocated": 2**20, "memory_reserved": 2**21}
-    found = module.facts([step | {"memory_card": 5 * 2**20}] * 3, 2 * 2**20)
+    step |= {"step": 4, "seconds": 0.7, "completion_tokens": 40}
+    step |= {
+        f"memory_{name}": n * 2**20 for n, name in enumerate(("allocated", "reserved", "planned", "card"), 1)
+    }
+    found = module.facts([step] * 3, 2 * 2**20)
     assert sum(found["ms of a step"].values()) == pytest.approx(700)
     assert found["sampled tokens/s"] == pytest.approx(400)
-    assert (found["MiB allocated"], found["MiB reserved"], found["MiB card"]) == (1, 2, 3)
+    assert found["steps before"] == 3
+    assert [found[f"MiB {name}"] for name in ("allocated", "reserved", "planned", "card")] == [1, 2, 3, 2]

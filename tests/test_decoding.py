@@ -266,3 +266,32 @@ def test_a_run_hands_over_rows_once_and_then_what_grew():
     assert logprobs[0].tolist() == [404, 605] and kept[2].tolist() == [608, 809]
     run.close()
     assert run.read()[0].tolist() == [[700, 901]] and run.unread == run.steps == 0
+
+
+def test_a_cache_that_finds_no_room_takes_that_of_captured_steps(policy, monkeypatch):
+    sampler, cleared, made = Sampler(policy, max_batch=4), [], []
+
+    class Steps:
+        def clear(self):
+            cleared.append(self)
+
+    def crowded(*arguments, **options):
+        made.append(len(cleared))
+        if len(cleared) < 2:
+            raise torch.OutOfMemoryError("no room")
+        return make(*arguments, **options)
+
+    make = decoding.KVCache
+    expected = sampler.generate(PROMPTS[:1], SamplingParams(max_tokens=5), group_size=2)
+    monkeypatch.setattr(decoding, "KVCache", crowded)
+    monkeypatch.setattr(sampler.decoder, "graphs", Steps())
+    monkeypatch.setattr(policy, "steps", Steps())
+    cache = sampler.decoder.cache(3, 16)
+    assert made == [0, 2] and cache.num_blocks == 3
+    monkeypatch.undo()
+    assert sampler.generate(PROMPTS[:1], SamplingParams(max_tokens=5), group_size=2) == expected
+    monkeypatch.setattr(decoding, "KVCache", lambda *a, **o: crowded())
+    cleared.clear()
+    monkeypatch.setattr(policy, "steps", None)
+    with pytest.raises(torch.OutOfMemoryError):
+        sampler.decoder.cache(3, 16)

@@ -53,7 +53,12 @@ BAD = [
     ({"dtype": "float64"}, "dtype must be float32, bfloat16 or float16, got 'float64'"),
     ({"device": "gpu"}, "device must be cpu or cuda, got 'gpu'"),
     ({"kv_memory": 0.0}, "kv_memory must be a positive number of GiB, got 0.0"),
-    ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw8bit, got 'sgd'"),
+    ({"kv_dtype": "fp8"}, "kv_dtype must be int8 or left out, got 'fp8'"),
+    ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw8bit, adamw_offload, got 'sgd'"),
+    (
+        {"offload_checkpoints": True, "checkpoint_layers": False},
+        "offload_checkpoints needs checkpoint_layers, got false",
+    ),
     ({"save_every": 0}, "save_every must be at least 1"),
     ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
     ({"reward_processes": -1}, "reward_processes must be at least 0"),

@@ -104,6 +104,26 @@ def test_gradients_without_the_value(format, device):
     assert all(torch.equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True))
 
 
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_gradients_in_float32_beside_autograd(format, device):
+    """What 16-bit adapters have there are the float32 gradients of float32 adapters of the same values."""
+    x, weight, a, b, _, dy = problem(
+        (70,), 64, 48, 4, torch.float16, format=format, bias=False, device=device
+    )
+    leaves = [t.float().requires_grad_() for t in (a, b)]
+    expected = torch.autograd.grad(lora_linear(x, weight, *leaves, 0.7), leaves, dy)
+    assert not torch.equal(expected[0], expected[0].half().float())
+    for wanted in ((0, 1), (0,), (1,)):
+        targets = [torch.full_like(leaf, torch.nan) if i in wanted else None for i, leaf in enumerate(leaves)]
+        own = [t.clone().requires_grad_() for t in (x, a, b)]
+        lora_linear_stacked(own[0], weight, own[1:2], own[2:], 0.7, gradients=targets).backward(dy)
+        assert own[0].grad is not None and own[1].grad is None and own[2].grad is None
+        for index in wanted:
+            assert torch.equal(targets[index], expected[index])
+    with pytest.raises(ValueError, match=r"gradients\[1\] is torch.float16 \(48, 4\)"):
+        lora_linear_stacked(x, weight, [a], [b], 0.7, gradients=[None, b])
+
+
 @pytest.mark.parametrize("rows", [3, 40])
 def test_many_splits_match_reference(rows, device):
     dtype = torch.float16  # float32 is a library product on CUDA

@@ -93,12 +93,13 @@ def test_the_optimizer_is_exact(name):
     assert held_bytes(dict(optimizer.state)) == optimizer_bytes(sizes, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("tokens, sequences", [(1, 1), (16, 3), (17, 5), (500, 8)])
-def test_keys_and_values_are_exact(tokens, sequences):
+def test_keys_and_values_are_exact(tokens, sequences, dtype):
     config = SHAPES["tiny-llama"]
     blocks = sequences * -(-tokens // 16)
-    cache = KVCache(config, blocks, 16, device="cpu", dtype=torch.bfloat16)
-    assert cache.data.nbytes == kv_bytes(config, tokens, sequences, 2)
+    cache = KVCache(config, blocks, 16, device="cpu", dtype=dtype)
+    assert cache.data.nbytes == kv_bytes(config, tokens, sequences, dtype.itemsize)
 
 
 class Watch(TorchDispatchMode):
@@ -211,7 +212,19 @@ def test_parts_grow_with_what_they_are_made_of():
     assert plan(quantize="nf4").always["weights"] < 0.55 * base.always["weights"]
     assert plan(lora_r=32).always["adapters"] == 2 * base.always["adapters"]
     assert plan(optimizer="adamw8bit").always["optimizer"] < 0.27 * base.always["optimizer"]
-    assert plan(group_size=16).rollout["KV cache"] == 2 * base.rollout["KV cache"]
+    prompts = kv_bytes(model, 128, base_prompts := 8, 2)
+    assert plan(group_size=16).rollout["KV cache"] == 2 * base.rollout["KV cache"] - prompts
+    longer = plan_memory(model, config(), 128 + 16 * 100).rollout["KV cache"]
+    assert longer - base.rollout["KV cache"] == kv_bytes(model, 16 * 100, base_prompts, 2)
+    codes = plan(kv_dtype="int8").rollout["KV cache"]
+    assert codes == base.rollout["KV cache"] * (128 + 4) // (2 * 128)
+    far = plan(offload_checkpoints=True)
+    assert far.training["checkpoints"] * model.num_hidden_layers == 3 * base.training["checkpoints"]
+    offloaded = plan(optimizer="adamw_offload")
+    assert (
+        offloaded.always["adapters"] == base.always["adapters"] / 2 and offloaded.training["gradients"] == 0
+    )
+    assert offloaded.always["optimizer"] < 2**12 and offloaded.always["layer"] == base.always["layer"]
     assert plan(kv_memory=0.1).rollout["KV cache"] == int(0.1 * GIB)
     budget = lambda tokens: plan(token_budget=tokens, prompts_per_step=4)
     assert budget(512).training["checkpoints"] == budget(1024).training["checkpoints"] * 384 / 1024
@@ -255,14 +268,10 @@ def test_remedies_do_what_they_promise():
     changes = remedies(model, settings, 128, 12 * GIB)
     assert changes[0][0].startswith("--") and any(flag == "--quantize nf4" for flag, _ in changes)
     for flag, total in changes:
-        name, value = flag.removeprefix("--").replace("-", "_").split(" ")
-        value = (
-            value
-            if name in ("quantize", "optimizer")
-            else float(value)
-            if name == "kv_memory"
-            else int(value)
-        )
+        name, _, text = flag.removeprefix("--").replace("-", "_").partition(" ")
+        texts = dict.fromkeys(("quantize", "optimizer", "kv_dtype"), str)
+        kind = (texts | {"kv_memory": float, "offload_checkpoints": bool}).get(name, int)
+        value = kind(text or True)
         changed = plan_memory(model, replace(settings, **{name: value}), 128).total
         assert changed == total < before
 

@@ -233,8 +233,10 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_run_killed_on_the_gpu_resumes_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_offload"])
+def test_a_run_killed_on_the_gpu_resumes_bit_for_bit(optimizer, tmp_path):
     flags = "--random-weights tiny-qwen2 --quantize nf4 --steps 12 --max-completion-length 40 --task larger"
+    flags += f" --optimizer {optimizer}"
     command = [sys.executable, "-m", "nanogrpo.grpo", "train"]
     start = lambda *words: subprocess.Popen([*command, *words], env=environment(), stdout=subprocess.DEVNULL)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
