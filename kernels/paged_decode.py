@@ -49,7 +49,7 @@ FAMILY = 8  # neighbouring sequences that may share the reading of a split of a 
 SHORT = (
     8  # splits of a context up to which only those share it that a tile has room for: turns would take longer
 )
-EARLY_ROWS = 64  # more queries come from a library's kernel, which lets nothing start before its end
+EARLY_ROWS = 512  # more queries come from a library's kernel, which lets nothing start before its end
 WORKSPACE = 64 * 2**20  # bytes of workspace, unless one sequence needs more
 LOG2_E = 1.4426950408889634
 
