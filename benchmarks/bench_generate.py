@@ -112,8 +112,13 @@ class Problem:
 
 
 def policy_of(model, quantize, r):
-    """With adapters in the dtype that rollouts read: a trainer may keep float32 originals elsewhere."""
-    return policies.policy_of(model, quantize, r, DEVICE, "bfloat16" if DEVICE == "cuda" else "float32")
+    """With adapters in the dtype that rollouts read: a trainer may keep float32 originals elsewhere.
+
+    They change outputs as much as trained ones do, not so much that roundings grow from layer to layer.
+    """
+    return policies.policy_of(
+        model, quantize, r, DEVICE, "bfloat16" if DEVICE == "cuda" else "float32", spread=0.02
+    )
 
 
 def facts(policy, problem):

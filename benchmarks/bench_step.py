@@ -63,6 +63,7 @@ def main(settings, prompt):
     began = time.perf_counter()
     config, task = GRPOConfig(**json.loads(settings)), LongPrompt(int(prompt))
     trainer = GRPOTrainer(config, task=task, rewards=[WeightedReward(mean_token, 1.0)])
+    trainer.policy.tokenizer.eos_token_ids = ()  # random weights end a completion once in a while
     planned = plan_memory(find_shape(config.random_weights)[1], config, task.tokens).total
     for _ in range(config.steps):
         start = time.perf_counter()

@@ -257,7 +257,7 @@ def step(device):
         return [steps("tiny-qwen2", 8, 4, 48, 8, 0, 1, 2)]
     return [
         steps("Qwen2.5-1.5B", 64, 8, 128, 200, 2.2, 3, 8, token_budget=768),
-        steps("Qwen2.5-1.5B", 64, 8, 128, 1024, 2.7, 2, 3, token_budget=2176),
+        steps("Qwen2.5-1.5B", 64, 8, 128, 1024, 2.7, 2, 3, token_budget=1152),
         steps("Llama-3.1-8B", 32, 8, 128, 1024, 8, 1, 1, token_budget=1152),
         steps("Phi-4", 16, 6, 128, 512, 11.5, 1, 1, token_budget=1280),
         steps(

@@ -274,20 +274,25 @@ class Decoder:
             self.addresses = torch.zeros(layers, each, dtype=torch.int64, device=policy.device)
 
     def cache(self, num_blocks, block_size):
-        """A ``KVCache`` that the captured steps can read; out of memory, what they work in makes room for it."""
+        """A ``KVCache`` that the captured steps can read; where there is no room, what they work in makes some."""
         policy = self.policy
         make = lambda: KVCache(
             policy.config, num_blocks, block_size,
             device=policy.device, dtype=self.kv_dtype, addresses=self.addresses,
         )  # fmt: skip
-        try:
-            return make()
-        except torch.OutOfMemoryError:
-            for steps in (self.graphs, policy.steps):
-                if steps is not None:
-                    steps.clear()
-            torch.cuda.empty_cache()
+        # Memory apart is not made of what the allocator keeps for reuse: first that goes, then what can be made again.
+        for give_back in (torch.cuda.empty_cache, self._drop_steps):
+            try:
+                return make()
+            except torch.OutOfMemoryError:
+                give_back()
         return make()
+
+    def _drop_steps(self):
+        for steps in (self.graphs, self.policy.steps):
+            if steps is not None:
+                steps.clear()
+        torch.cuda.empty_cache()
 
     def prefill(self, cache, parts):
         """Compute ``parts``: (sequence, stop), each from its ``num_cached``; hidden states (S, D) of their ends."""

@@ -269,14 +269,14 @@ def test_a_run_hands_over_rows_once_and_then_what_grew():
 
 
 def test_a_cache_that_finds_no_room_takes_that_of_captured_steps(policy, monkeypatch):
-    sampler, cleared, made = Sampler(policy, max_batch=4), [], []
+    sampler, emptied, cleared, made = Sampler(policy, max_batch=4), [], [], []
 
     class Steps:
         def clear(self):
             cleared.append(self)
 
     def crowded(*arguments, **options):
-        made.append(len(cleared))
+        made.append((len(emptied), len(cleared)))
         if len(cleared) < 2:
             raise torch.OutOfMemoryError("no room")
         return make(*arguments, **options)
@@ -284,10 +284,11 @@ def test_a_cache_that_finds_no_room_takes_that_of_captured_steps(policy, monkeyp
     make = decoding.KVCache
     expected = sampler.generate(PROMPTS[:1], SamplingParams(max_tokens=5), group_size=2)
     monkeypatch.setattr(decoding, "KVCache", crowded)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     monkeypatch.setattr(sampler.decoder, "graphs", Steps())
     monkeypatch.setattr(policy, "steps", Steps())
     cache = sampler.decoder.cache(3, 16)
-    assert made == [0, 2] and cache.num_blocks == 3
+    assert made == [(0, 0), (1, 0), (2, 2)] and cache.num_blocks == 3
     monkeypatch.undo()
     assert sampler.generate(PROMPTS[:1], SamplingParams(max_tokens=5), group_size=2) == expected
     monkeypatch.setattr(decoding, "KVCache", lambda *a, **o: crowded())
