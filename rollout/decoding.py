@@ -280,7 +280,7 @@ class Decoder:
             policy.config, num_blocks, block_size,
             device=policy.device, dtype=self.kv_dtype, addresses=self.addresses,
         )  # fmt: skip
-        # Memory apart is not made of what the allocator keeps for reuse: first that goes, then what can be made again.
+        # Memory apart is not made of what the allocator keeps for reuse: that goes first, then what can be remade.
         for give_back in (torch.cuda.empty_cache, self._drop_steps):
             try:
                 return make()
