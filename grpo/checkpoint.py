@@ -31,7 +31,7 @@ def save_checkpoint(folder, step, parameters, optimizer, *, keep=2):
         tensors = {}
         for name, parameter in parameters.items():
             tensors[f"parameter.{name}"] = parameter.detach().cpu()
-            if parameter in optimizer.state:
+            if parameter in optimizer.state and step_tensor(optimizer, parameter) > 0:
                 for moment in moment_shapes(optimizer, parameter):
                     tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu()
                 tensors["optimizer_step"] = step_tensor(optimizer, parameter)

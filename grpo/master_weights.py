@@ -31,8 +31,6 @@ class MasterWeights:
         self.gradients = {}  # adapter -> where its gradient is added up
         self.flat = {}  # first adapter of a layer -> the gradients of all of the layer
         self.moments = {}  # original -> its moments
-        # PCIe takes a layer's gradients away while the next layer's are made.
-        self.stream = torch.cuda.Stream(policy.device) if policy.device.type == "cuda" else None
         for layer in policy.model.layers:
             adapters = [adapter for adapter in layer.parameters_in_use() if adapter.requires_grad]
             if adapters:
@@ -53,35 +51,19 @@ class MasterWeights:
 
     @torch.no_grad()
     def take_gradients(self, adapters, gradients):
-        """Add ``gradients`` (values,) float32, those of all trained adapters of a layer one after the other.
-
-        They may change once this returns; they have arrived after ``wait``.
-        """
-        flat, first = self.flat[adapters[0]], self.originals[adapters[0]].grad is None
-        add = flat.copy_ if first else flat.add_
-        if first:
-            for adapter in adapters:
-                self.originals[adapter].grad = self.gradients[adapter]
-        if self.stream is None:
-            add(gradients)
+        """Add ``gradients`` (values,) float32, those of all trained adapters of a layer one after the other."""
+        if self.originals[adapters[0]].grad is not None:
+            self.flat[adapters[0]].add_(gradients)
             return
-        leaving = gradients.clone()
-        self.stream.wait_stream(torch.cuda.current_stream(gradients.device))
-        with torch.cuda.stream(self.stream):
-            add(leaving)
-        leaving.record_stream(self.stream)
-
-    def wait(self):
-        """Let what follows on the device find all gradients in their places."""
-        if self.stream is not None:
-            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        self.flat[adapters[0]].copy_(gradients)
+        for adapter in adapters:
+            self.originals[adapter].grad = self.gradients[adapter]
 
     @torch.no_grad()
     def _take(self, adapter):
         """Take one adapter's gradient over from autograd, which has it in the adapter's dtype."""
         if adapter.grad is None:  # taken above
             return
-        self.wait()
         original, gradient = self.originals[adapter], self.gradients[adapter]
         original.grad = gradient.copy_(adapter.grad) if original.grad is None else gradient.add_(adapter.grad)
         adapter.grad = None

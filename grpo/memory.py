@@ -175,7 +175,7 @@ def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
     model: ``ModelConfig``; config: ``GRPOConfig``; prompt_length: tokens of the longest prompt; dtype: default that
     of the config, or bfloat16. Raises ValueError where a sequence does not fit the model's context.
     """
-    from ..rollout.layer_steps import TOKENS
+    from ..rollout.layer_steps import TOKENS, WORKSPACE_TOKENS
     from ..rollout.policy import HEAD_WORKSPACE
 
     if dtype is None:
@@ -198,10 +198,13 @@ def plan_memory(model, config, prompt_length, *, dtype=None, ranks=1):
     kept, working = layer_bytes(model, b, T, quantize=config.quantize, r=config.lora_r)
     checkpointed = config.checkpoint_layers in (None, True)
     on_card = OFFLOADED_AT_ONCE if config.offload_checkpoints else L
-    layer = kept + working + 2 * b * D * T + flat
+    rows = max(WORKSPACE_TOKENS, 1 << (T - 1).bit_length())
+    layer = kept + working + 2 * b * D * rows + flat
     shared = prompt_length // BLOCK_SIZE * BLOCK_SIZE  # tokens that a group has once
     kv = b if config.kv_dtype is None else 1
-    cache = kv_bytes(model, shared, prompts, kv) + kv_bytes(model, length - shared, sequences, kv)
+    # Behind the whole blocks of its prompt a member needs most where those leave BLOCK_SIZE - 1 tokens over.
+    own = config.max_completion_length + BLOCK_SIZE - 1
+    cache = kv_bytes(model, shared, prompts, kv) + kv_bytes(model, own, sequences, kv)
     if config.kv_memory is not None:
         cache = min(cache, int(config.kv_memory * GIB))
     training = {

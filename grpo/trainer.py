@@ -182,8 +182,6 @@ class GRPOTrainer:
         on_policy = first is None
         work = lambda: self._run_micro_batches(batch, on_policy)
         totals = _joined(self.ranks.gather(self.objective.within_memory(batch, work)))
-        if self.masters is not None:
-            self.masters.wait()
         parameters = list(self.named_parameters().values())
         if totals["trained_tokens"]:
             self.ranks.sum_gradients(parameters)
