@@ -89,15 +89,20 @@ def unsloth():
     return load
 
 
+def affine_codes(weight, dtype):
+    """Codes (N, K) of ``dtype``, and scales and least values (N, K / 32, 1), of affine groups of 32."""
+    N, K = weight.shape
+    groups = weight.float().view(N, K // 32, 32)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scale = ((high - low) / 15).clamp(min=1e-9)
+    return ((groups - low) / scale).round().clamp(0, 15).to(dtype).view(N, K), scale, low
+
+
 def tinygemm():
     """torch's own int4 kernel: groups of 32 with scale and zero, codes of 16 places on an affine grid."""
 
     def load(weight):
-        N, K = weight.shape
-        groups = weight.float().view(N, K // 32, 32)
-        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        scale = ((high - low) / 15).clamp(min=1e-9)
-        codes = ((groups - low) / scale).round().clamp(0, 15).to(torch.int32).view(N, K)
+        codes, scale, low = affine_codes(weight, torch.int32)
         packed = torch._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8)
         zero = low + 8 * scale
         table = torch.cat((scale, zero), -1).to(weight.dtype).transpose(0, 1).contiguous()
@@ -136,10 +141,7 @@ def gemlite():
 
     def load(weight):
         N, K = weight.shape
-        groups = weight.float().view(N, K // 32, 32)
-        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        scale = ((high - low) / 15).clamp(min=1e-9)
-        codes = ((groups - low) / scale).round().clamp(0, 15).to(torch.uint8).view(N, K)
+        codes, scale, low = affine_codes(weight, torch.uint8)
         linear = GemLiteLinear(4, 32, K, N, input_dtype=DType.BF16, output_dtype=DType.BF16)
         linear.pack(
             codes, scale.to(weight.dtype).view(N, -1), (-low / scale).to(weight.dtype).view(N, -1), None

@@ -67,9 +67,8 @@ class Ranks:
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                total = (
-                    parameter.grad.clone()
-                )  # on the device, where the gradient itself may lie in CPU memory
+                # A copy on the device: the gradient itself may lie in CPU memory.
+                total = parameter.grad.clone()
                 dist.all_reduce(total)
                 parameter.grad.copy_(total)
 

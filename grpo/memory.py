@@ -33,9 +33,8 @@ GIB = 2**30
 CONTEXT = 500 * 2**20
 ATTENTION_WORKSPACE = 64 * 2**20
 WORKSPACES = 2 * (8 * 2**20 + 2**18)  # cuBLAS' own, one for captured work and one for what is not
-OFFLOADED_AT_ONCE = (
-    3  # layers' inputs on the card while the others wait: at work, leaving or coming, kept for a copy
-)
+# Layers' inputs on the card while the others wait: at work, leaving or coming, kept for a copy.
+OFFLOADED_AT_ONCE = 3
 BLOCK_SIZE = 16
 CARDS = {
     "rtx-4060": 8, "rtx-3080": 10, "rtx-3060": 12, "rtx-4080": 16, "rtx-3090": 24, "rtx-4090": 24, "rtx-5090": 32,
@@ -113,7 +112,7 @@ def optimizer_bytes(sizes, name, itemsize=4):
     """Bytes of the optimiser's state for trained tensors of ``sizes`` values of ``itemsize`` bytes: as in
     ``OPTIMIZERS``."""
     if name == "adamw_offload":
-        return sum(4 for _ in sizes)
+        return 4 * len(sizes)
     if name == "adamw":
         return sum(2 * itemsize * size + 4 for size in sizes)
     # bitsandbytes keeps what is below 4,096 values in float32, and one pair of code books.
@@ -324,14 +323,6 @@ def plan_report(model, config, prompt_length, card=None):
     if len(cards) == 1 and need.total > size * GIB:
         lines.append(advice(remedies(model, config, prompt_length, size * GIB), size * GIB))
     return lines
-
-
-def adapter_dtype(config):
-    """The dtype of the adapters on the device, as text: the model's where their originals are offloaded."""
-    if config.optimizer != "adamw_offload":
-        return config.lora_dtype
-    cuda = torch.cuda.is_available() if config.device is None else config.device.startswith("cuda")
-    return config.dtype or ("bfloat16" if cuda else "float32")
 
 
 def limit_vram(config):

@@ -23,7 +23,7 @@ from .distributed import Ranks, seed_from
 from .loss import kl_penalty
 from .master_weights import MasterWeights
 from .measurement import StepMeter, unmeasured
-from .memory import adapter_dtype, check_fits, limit_vram
+from .memory import check_fits, limit_vram
 from .objectives import OBJECTIVES, has_signal
 from .optimizer import make_optimizer
 from .reward_pool import score
@@ -285,9 +285,12 @@ def load_policy(config):
         limit_vram(config)
         model, prompt_length = describe(config)
         check_fits(model, config, prompt_length)
+    lora_dtype = config.lora_dtype
+    if config.optimizer == "adamw_offload":  # of the originals; the adapters themselves are of the model's
+        lora_dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     settings = {
         "quantize": config.quantize,
-        "lora": LoraConfig(r=config.lora_r, alpha=config.lora_alpha, dtype=adapter_dtype(config)),
+        "lora": LoraConfig(r=config.lora_r, alpha=config.lora_alpha, dtype=lora_dtype),
         "device": config.device,
         "dtype": None if config.dtype is None else getattr(torch, config.dtype),
         "seed": config.seed,

@@ -12,7 +12,6 @@ COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("dev", max_examples=10, **COMMON)
 settings.register_profile("ci", max_examples=25, derandomize=True, **COMMON)
 settings.register_profile("interpreter", max_examples=8, derandomize=True, **COMMON)
-settings.register_profile("sanitizer", max_examples=2, derandomize=True, **COMMON)
 settings.register_profile("nightly", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreter" if INTERPRET else "dev"))
 

@@ -10,7 +10,8 @@ from nanogrpo.rollout.cuda_context import lean_cuda
 
 
 def test_workspaces_are_small_unless_the_environment_says_otherwise(monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that what is set below is taken back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     bound_workspaces()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:2:16:8"
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")

@@ -6,6 +6,8 @@ import math
 import pytest
 from nanogrpo.grpo import PRESETS, GRPOConfig
 from nanogrpo.grpo.algorithms import ALGORITHMS
+from nanogrpo.grpo.config import KV_DTYPES
+from nanogrpo.rollout.sampler import KV_DTYPES as SAMPLER_KV_DTYPES
 
 BAD = [
     ({"lr": 0}, "lr must be greater than 0, got 0"),
@@ -126,3 +128,7 @@ def test_the_kl_can_be_moved():
     assert (moved.kl_place, moved.kl_estimator, moved.kl_gradient) == ("reward", "k1", "plain")
     moved = GRPOConfig(algorithm="rloo", kl_place="loss").loss_config()
     assert (moved.kl_place, moved.kl_estimator, moved.kl_gradient) == ("loss", "k3", "corrected")
+
+
+def test_the_caches_dtypes_are_the_samplers():
+    assert KV_DTYPES == tuple(SAMPLER_KV_DTYPES)
