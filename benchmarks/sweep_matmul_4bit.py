@@ -25,7 +25,7 @@ ROWS = {
     "vector": (1, 2, 4, 8),
     "fused": (4, 8, 16, 64),
     "packed": (1, 2, 4, 8, 16, 32, 64),
-    "tiled": (16, 32, 64),
+    "tiled": (32, 64, 128, 256),
 }
 # As in the tables: BLOCK_N, num_warps, num_stages, programs; packed: ``Config``, tiled: ``TileConfig``. The programs
 # decide how K is split.
@@ -38,10 +38,10 @@ CANDIDATES = {
         for programs in (128, 256, 512)
     ],
     "tiled": [
-        TileConfig(block_m, block_n, warps, stages, programs, True)
-        for block_m, block_n, warps in ((32, 64, 4), (64, 64, 4), (64, 128, 8))
-        for stages in (2, 3)
-        for programs in (132, 264)
+        TileConfig(*tile, stages, depth, programs, True, True)
+        for tile in ((32, 64, 4), (64, 64, 4), (64, 128, 8), (128, 64, 4))
+        for stages, depth in ((2, 1), (3, 1), (2, 2))
+        for programs in (264, 396, 528)
     ],
     "packed": [
         Config(*tile, programs, True)
@@ -59,10 +59,10 @@ CANDIDATES = {
 
 
 def forced(route, config, arch):
-    """Tables under which every call of up to 64 rows takes ``route`` with ``config``."""
+    """Tables under which every call of up to 256 rows (vector, fused: 64) takes ``route`` with ``config``."""
     if route in ("packed", "tiled"):
         return mock.patch.object(
-            module, "PACKED_CONFIGS", {arch: dict.fromkeys(("nf4", "int4"), {64: config})}
+            module, "PACKED_CONFIGS", {arch: dict.fromkeys(("nf4", "int4"), {256: config})}
         )
     vector = {arch: ((64 if route == "vector" else 0), *config)}
     return mock.patch.multiple(module, VECTOR_CONFIGS=vector, CONFIGS={arch: (64, *config)})

@@ -31,7 +31,7 @@ from .dependent_launch import prefetch
 from .matmul_4bit import _matmul_triton, packed_config, products
 from .packed_matmul import FEW_PROGRAMS, Config, Update, packed_products, weight_operand, x_operand
 from .quantization import kernel_format
-from .tiled_matmul import TileConfig
+from .tiled_matmul import TileConfig, tiled_products
 
 MAX_ROWS = 512  # more rows than that are a library's work
 OWN_ROWS = 64  # up to so many, the base product is ours
@@ -259,13 +259,19 @@ def few_rows(
     residual (M, N): residual + y.
     """
     arch, x, words = _runtime.arch(x.device), aligned(x), weight[0]
-    own = len(x) <= OWN_ROWS
-    pdl = own and arch >= 90  # between a library's kernels it gains nothing
     format, config = None, None
     if quant_block and words.dtype == torch.int32 and x.dtype != torch.float32:
         format = kernel_format(weight[1:])
         config = packed_config(arch, len(x), format)
+    own = len(x) <= OWN_ROWS or config is not None
+    pdl = own and arch >= 90  # between a library's kernels it gains nothing
+    assembly = not _runtime.INTERPRET
     with _runtime.launch_on(x):
+        if isinstance(config, TileConfig):
+            operands = x, words, weight[1:], bias, first_block, format, config
+            base, h = tiled_products(*operands, assembly, a=lora_a)
+            update = Update(h, lora_b, scaling, tuple(columns), gated, residual)
+            return add_update(base, bias if base.ndim == 3 else None, update, x.dtype, pdl)
         if own:
             h = ranks(x, lora_a, pdl, len(words) >= 2 * WIDE_N)
         else:
@@ -275,11 +281,9 @@ def few_rows(
             warps = 8 if x.shape[1] >= LONG_K and len(words) <= 16 * FEW_PROGRAMS else 4
             whole = Config(False, warps, 1, config.columns, 1, pdl)
             operands = x, words, weight[1:], bias, first_block, format, whole
-            return packed_products(*operands, not _runtime.INTERPRET, update=update, late=pdl)
+            return packed_products(*operands, assembly, update=update, late=pdl)
         if config is not None:
-            if isinstance(config, TileConfig) and x.shape[1] >= LONG_K:
-                config = config._replace(programs=2 * config.programs)
-            base = products(x, words, weight[1:], bias, first_block, config, late=pdl)
+            base = products(x, words, weight[1:], bias, first_block, config)
         elif quant_block:
             base = _matmul_triton(x, words, weight[1:], bias, quant_block, first_block)
         else:

@@ -45,13 +45,20 @@ VECTOR_CONFIGS = {80: (4, 16, 4, 1, 512)}  # of the vector route, which keeps no
 # dependent launch begins with 90.
 _FEW = (False, 4, 1, 2, 1024)
 _MORE, _MOST = (True, 4, 2, 4, 264), (True, 4, 2, 4, 132)
-_TILES = TileConfig(block_m=64, block_n=64, warps=4, stages=3, programs=132, pdl=True)
+_TILES = {
+    32: TileConfig(32, 64, warps=4, stages=4, depth=2, programs=396, pdl=True, tma=True),
+    64: TileConfig(64, 64, warps=4, stages=4, depth=2, programs=396, pdl=True, tma=True),
+    256: TileConfig(128, 64, warps=4, stages=4, depth=1, programs=264, pdl=True, tma=True),
+}
+_UNTILED = lambda pdl: {
+    "nf4": {16: Config(*_FEW, pdl), 32: Config(*_MORE, pdl), 64: Config(*_MOST, pdl)},
+    "int4": {16: Config(*_FEW, pdl), 32: Config(*_MORE, pdl)},
+}
+# WGMMA, which ``tiled_matmul`` is made for, is Hopper's alone.
 PACKED_CONFIGS = {
-    80: {
-        "nf4": {16: Config(*_FEW, False), 32: Config(*_MORE, False), 64: Config(*_MOST, False)},
-        "int4": {16: Config(*_FEW, False), 32: Config(*_MORE, False)},
-    },
-    90: dict.fromkeys(("nf4", "int4"), {16: Config(*_FEW, True), 32: Config(*_MORE, True), 64: _TILES}),
+    80: _UNTILED(False),
+    90: dict.fromkeys(("nf4", "int4"), {16: Config(*_FEW, True), **_TILES}),
+    100: _UNTILED(True),
 }
 
 
@@ -155,11 +162,10 @@ def _matmul_triton(
     return out
 
 
-def products(x, words, scales, bias, first_block, config, *, late=False):
+def products(x, words, scales, bias, first_block, config):
     """x @ W.T of packed codes in one launch: y with the bias, or partial sums (SPLIT, M, N) float32 without it."""
     run = packed_products if isinstance(config, Config) else tiled_products
-    format = kernel_format(scales)
-    return run(x, words, scales, bias, first_block, format, config, not _runtime.INTERPRET, late=late)
+    return run(x, words, scales, bias, first_block, kernel_format(scales), config, not _runtime.INTERPRET)
 
 
 def packed_config(arch, M, format):

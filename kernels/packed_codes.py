@@ -91,41 +91,76 @@ def _tables(dtype):
     return words
 
 
-def _nf4_assembly(dtype, half):
-    """Two words ($4, $5) to four pairs ($0..$3): pair i holds the values of nibble 4 half + i of both."""
+def _nf4_assembly(dtype, codes, pairs):
+    """Words to four pairs of values ($0..$3): ``codes`` makes the eight codes in p, ``pairs`` are the permutations
+    that take the first and second pair of four codes."""
     ha0, ha1, hb0, hb1, la0, la1, lb0, lb1 = (f"0x{w:08x}" for w in _tables(dtype))
     lines = [".reg .b32 p, n, q, m, a, b, h, l, t0, t1, t2, t3;"]
     # Four table words pass through a zero that ptxas cannot see: it would hold them as uniform and copy at each use.
     lines += ["mov.u32 a, %lanemask_lt;", "mov.u32 b, %lanemask_gt;", "and.b32 a, a, b;"]
     lines += [f"or.b32 t{i}, a, {word};" for i, word in enumerate((ha0, hb0, la0, lb0))]
-    lines += [f"prmt.b32 p, $4, $5, {('0x5140', '0x7362')[half]};", "xor.b32 n, p, 0x88888888;"]
-    lines += ["shr.u32 q, p, 16;", "shr.u32 m, n, 16;"]
+    lines += [*codes, "xor.b32 n, p, 0x88888888;", "shr.u32 q, p, 16;", "shr.u32 m, n, 16;"]
     for i, (code, negated) in enumerate((("p", "n"), ("q", "m"))):
         for byte, (a0, a1, b0, b1) in (("h", ("t0", ha1, "t1", hb1)), ("l", ("t2", la1, "t3", lb1))):
             lines += [f"prmt.b32 a, {a0}, {a1}, {code};", f"prmt.b32 b, {b0}, {b1}, {negated};"]
             lines += [f"xor.b32 {byte}, a, b;"]
-        lines += [f"prmt.b32 ${2 * i}, l, h, 0x6240;", f"prmt.b32 ${2 * i + 1}, l, h, 0x7351;"]
+        lines += [f"prmt.b32 ${2 * i + j}, l, h, {pair};" for j, pair in enumerate(pairs)]
     return "{ " + "\n".join(lines) + " }"
 
 
-def _int4_assembly(dtype, half):
-    """The same for int4: a code's bits in the mantissa of a float of exponent 4 are 16 + code."""
+def _nf4_halves(dtype, half):
+    """$4, $5 to four pairs: pair i holds the values of nibble 4 half + i of both."""
+    codes = [f"prmt.b32 p, $4, $5, {('0x5140', '0x7362')[half]};"]
+    return _nf4_assembly(dtype, codes, ("0x6240", "0x7351"))
+
+
+def _nf4_quads(dtype):
+    """$4, $5 and 4 u in $6 to four pairs: pair i holds the values of nibble 2 i + u of both."""
+    codes = ["shr.u32 p, $4, $6;", "sub.u32 b, 4, $6;", "shl.b32 q, $5, b;"]
+    codes += ["lop3.b32 p, p, q, 0x0F0F0F0F, 0xE4;"]  # p where the mask is set, else q
+    return _nf4_assembly(dtype, codes, ("0x5140", "0x7362"))
+
+
+def _int4_assembly(dtype, before, words, steps):
+    """Words to four pairs of 16 + code: its bits in the mantissa of a float of exponent 4.
+
+    words: names of two; steps: for each pair the half of the words and the nibble in it.
+    """
     bf16 = (3, "0x00780078", "0x41804180")
     first, mask, magic = bf16 if dtype == torch.bfloat16 else (6, "0x03C003C0", "0x4C004C00")
-    lines = [".reg .b32 g, t;", f"prmt.b32 g, $4, $5, {('0x5410', '0x7632')[half]};"]
-    for i in range(4):
-        by = first - 4 * i
+    lines, last = [".reg .b32 g, t, u, v;", *before], None
+    for i, (half, nibble) in enumerate(steps):
+        if half != last:
+            lines.append(f"prmt.b32 g, {words[0]}, {words[1]}, {('0x5410', '0x7632')[half]};")
+        last, by = half, first - 4 * nibble
         lines.append(f"shl.b32 t, g, {by};" if by > 0 else f"shr.u32 t, g, {-by};")
         lines.append(f"lop3.b32 ${i}, t, {mask}, {magic}, 0xEA;")
     return "{ " + "\n".join(lines) + " }"
 
 
+def _int4_halves(dtype, half):
+    """As ``_nf4_halves``."""
+    return _int4_assembly(dtype, [], ("$4", "$5"), [(half, i) for i in range(4)])
+
+
+def _int4_quads(dtype):
+    """As ``_nf4_quads``."""
+    before = ["shr.u32 u, $4, $6;", "shr.u32 v, $5, $6;"]
+    return _int4_assembly(dtype, before, ("u", "v"), [(i // 2, 2 * (i % 2)) for i in range(4)])
+
+
 NF4_BF16, NF4_FP16, INT4_BF16, INT4_FP16 = (
     tl.constexpr(tuple(assembly(dtype, half) for half in (0, 1)))
-    for assembly in (_nf4_assembly, _int4_assembly)
+    for assembly in (_nf4_halves, _int4_halves)
+    for dtype in (torch.bfloat16, torch.float16)
+)
+NF4_QUADS_BF16, NF4_QUADS_FP16, INT4_QUADS_BF16, INT4_QUADS_FP16 = (
+    tl.constexpr(assembly(dtype))
+    for assembly in (_nf4_quads, _int4_quads)
     for dtype in (torch.bfloat16, torch.float16)
 )
 CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,r,r")
+QUAD_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r")
 BOOK_FP16 = tl.constexpr(tuple(_rounded(torch.float16).float()[list(ORDER)].tolist()))
 UNGAIN_BF16, UNGAIN_FP16 = tl.constexpr(1 / GAIN[torch.bfloat16]), tl.constexpr(1 / GAIN[torch.float16])
 # ORDER as bits: the old code of ``new`` is four bits from 4 * new on
@@ -133,9 +168,9 @@ ORDER_BITS = tl.constexpr(sum(old << 4 * new for new, old in enumerate(ORDER)) -
 
 
 @triton.jit
-def _plain(words, SHIFT: tl.constexpr, NF4: tl.constexpr):
+def _plain(words, shift, NF4: tl.constexpr):
     """What the assembly computes, for the interpreter (float16 alone)."""
-    code = (words >> SHIFT) & 15
+    code = (words >> shift) & 15
     if NF4:
         value = tl.zeros(words.shape, tl.float32)
         for i in tl.static_range(16):
@@ -162,4 +197,23 @@ def decode_packed(words, HALF: tl.constexpr, DTYPE: tl.constexpr, NF4: tl.conste
             TEXT: tl.constexpr = NF4_FP16[HALF] if NF4 else INT4_FP16[HALF]
             return tl.inline_asm_elementwise(
                 TEXT, CONSTRAINTS, [words], (tl.float16,) * 4, is_pure=True, pack=2
+            )
+
+
+@triton.jit
+def decode_quads(words, upper, DTYPE: tl.constexpr, NF4: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """The same of nibbles 2 i + upper / 4, i = 0 to 3, where ``upper`` is 0 or 4, the same for two neighbours."""
+    if not ASSEMBLY:
+        return (_plain(words, upper, NF4), _plain(words, upper + 8, NF4),
+                _plain(words, upper + 16, NF4), _plain(words, upper + 24, NF4))  # fmt: skip
+    else:
+        if DTYPE == tl.bfloat16:
+            TEXT: tl.constexpr = NF4_QUADS_BF16 if NF4 else INT4_QUADS_BF16
+            return tl.inline_asm_elementwise(
+                TEXT, QUAD_CONSTRAINTS, [words, upper], (tl.bfloat16,) * 4, is_pure=True, pack=2
+            )
+        else:
+            TEXT: tl.constexpr = NF4_QUADS_FP16 if NF4 else INT4_QUADS_FP16
+            return tl.inline_asm_elementwise(
+                TEXT, QUAD_CONSTRAINTS, [words, upper], (tl.float16,) * 4, is_pure=True, pack=2
             )

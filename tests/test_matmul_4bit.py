@@ -268,7 +268,7 @@ def test_every_candidate_of_the_sweep_compiles_for_hopper(format):
     assert names == {"gemv_kernel", "_matmul_kernel", "packed_kernel", "tiled_kernel", "sum_kernel"}
     for name, kernel in launches:
         assert kernel.metadata.shared <= 1024 * SHARED_LIMIT[90]
-        # of the tiled kernel, operands lie in shared memory: ``test_packed_matmul``
+        # the tiled kernel waits for its products: ``test_packed_matmul``
         assert name == "tiled_kernel" or "wgmma" not in kernel.asm["ptx"]
 
 
