@@ -45,7 +45,7 @@ def _last_part(
     k_block, k_token, v_block, v_token, scale_block, scale_token, D: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(m, a) of the token at ``last`` for query rows (ROWS, BLOCK_D); where k and v bring it, it is put into the cache.
+    """(m, a) of the token at ``last`` for queries (ROWS, BLOCK_D); where k and v bring it, it is put into the cache.
 
     Each row has its own copy of the key and the value, so that no warp waits for another.
     """
