@@ -1,6 +1,7 @@
 """Tensors in, tensors out: the operations that make GRPO fit and run fast. Needs torch and triton, nothing else."""
 
 from .decode_rows import advance_rows
+from .head_sampling import sample_from_head
 from .kv_store import store_kv
 from .linear_logprob import LogprobOutput, fused_linear_logprob
 from .lora_linear import lora_linear, lora_linear_stacked
@@ -28,6 +29,7 @@ __all__ = [
     "quantize_4bit",
     "rms_norm",
     "rotary",
+    "sample_from_head",
     "sample_tokens",
     "store_kv",
     "swiglu",

@@ -50,6 +50,7 @@ SHORT = (
     8  # splits of a context up to which only those share it that a tile has room for: turns would take longer
 )
 EARLY_ROWS = 512  # more queries come from a library's kernel, which lets nothing start before its end
+MERGE_WARPS = 8  # of a program of the merge, which has a warp for each two query heads
 WORKSPACE = 64 * 2**20  # bytes of workspace, unless one sequence needs more
 LOG2_E = 1.4426950408889634
 
@@ -348,7 +349,8 @@ def paged_decode(
         cos, sin = cos.contiguous(), sin.contiguous()
         angle_stride = cos.stride(0)
     splits = triton.cdiv(table.shape[1] * page, split)
-    tile, seat = (max(least, triton.next_power_of_2(group)) for least in (16, 8))
+    rows = triton.next_power_of_2(group)
+    tile, seat = (max(least, rows) for least in (16, 8))
     family = FAMILY if splits > SHORT else min(FAMILY, tile // seat)
     programs = max(1, min(splits, triton.cdiv(PROGRAMS, tokens * kv_heads)))
     chunk = min(tokens, max(1, WORKSPACE // (4 * heads * max(1, splits) * (dim + 2))))
@@ -371,10 +373,10 @@ def paged_decode(
                 LANES_FIRST=LANES_FIRST, EARLY=early and tokens <= EARLY_ROWS,
                 num_warps=warps, num_stages=1, **launch,
             )  # fmt: skip
-            _merge_kernel[(len(some_lens), heads)](
+            _merge_kernel[(len(some_lens), kv_heads)](
                 some_q, some_k, some_v, *angles, *shared, some_out, scale * LOG2_E, splits, table.stride(0),
                 angle_stride, *q_strides, *new_strides, *k_cache.stride()[:3], *v_cache.stride()[:3],
-                *scale_strides(k_scales), *out.stride()[:2], GROUP=group, D=dim, PAGE=page, SPLIT=split,
-                BLOCK_D=block_d, AHEAD=4, num_warps=1, **launch,
+                *scale_strides(k_scales), *out.stride()[:2], GROUP=group, ROWS=rows, D=dim, PAGE=page, SPLIT=split,
+                BLOCK_D=block_d, AHEAD=4, num_warps=max(1, min(MERGE_WARPS, rows // 2)), **launch,
             )  # fmt: skip
     return out

@@ -41,41 +41,41 @@ def _heads(x, cos, sin, row, angle_row, mask, D: tl.constexpr, BLOCK_D: tl.const
 
 @triton.jit
 def _last_part(
-    queries, k, v, cos, sin, k_cache, v_cache, k_scales, v_scales, table, last, stores, scale_log2, k_row, v_row,
-    angle_row, k_block, k_token, v_block, v_token, scale_block, scale_token, D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    queries, k, v, cos, sin, k_cache, v_cache, k_scales, v_scales, table, last, scale_log2, k_row, v_row, angle_row,
+    k_block, k_token, v_block, v_token, scale_block, scale_token, D: tl.constexpr, PAGE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(m, a) of the token at ``last``; where k and v bring it, it is put into the cache if ``stores``."""
-    d = tl.arange(0, BLOCK_D)
-    there = (d < D) & (last >= 0)
+    """(m, a) of the token at ``last`` for queries (ROWS, BLOCK_D); where k and v bring it, it is put into the cache.
+
+    Each row has its own copy of the key and the value, so that no warp waits for another.
+    """
+    row, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    present = (row >= 0) & (last >= 0)
+    there = present[:, None] & (d < D)[None, :]
     block = tl.load(table + last // PAGE, mask=last >= 0, other=0).to(tl.int64)
-    k_at = k_cache + block * k_block + last % PAGE * k_token + d
-    v_at = v_cache + block * v_block + last % PAGE * v_token + d
-    scale_at = block * scale_block + last % PAGE * scale_token + tl.zeros([1], tl.int64)
+    k_at = k_cache + (block * k_block + last % PAGE * k_token + 0 * row)[:, None] + d[None, :]
+    v_at = v_cache + (block * v_block + last % PAGE * v_token + 0 * row)[:, None] + d[None, :]
+    scale_at = block * scale_block + last % PAGE * scale_token + 0 * row
     if k is None:
-        key, value = (
-            tl.load(k_at, mask=there, other=0.0)[None, :],
-            tl.load(v_at, mask=there, other=0.0)[None, :],
-        )
+        key, value = tl.load(k_at, mask=there, other=0.0), tl.load(v_at, mask=there, other=0.0)
         if k_scales is not None:
-            k_scale = tl.load(k_scales + scale_at, mask=last >= 0, other=0.0)
-            v_scale = tl.load(v_scales + scale_at, mask=last >= 0, other=0.0)
+            k_scale = tl.load(k_scales + scale_at, mask=present, other=0.0)
+            v_scale = tl.load(v_scales + scale_at, mask=present, other=0.0)
     else:
-        one = tl.zeros([1], tl.int64)
-        key = _heads(k, cos, sin, one + k_row, one + angle_row, one == 0, D, BLOCK_D)
-        value = tl.load(v + v_row + d, mask=there, other=0.0)[None, :]
+        key = _heads(k, cos, sin, k_row + 0 * row, angle_row + 0 * row, row >= 0, D, BLOCK_D)
+        value = tl.load(v + (v_row + 0 * row)[:, None] + d[None, :], mask=there, other=0.0)
+        stores = present & (row == 0)
         if k_scales is not None:
             key, k_scale = quantized(key)
             value, v_scale = quantized(value)
-            tl.store(k_scales + scale_at, k_scale, mask=stores & (last >= 0))
-            tl.store(v_scales + scale_at, v_scale, mask=stores & (last >= 0))
-        tl.store(k_at[None, :], key, mask=(there & stores)[None, :])
-        tl.store(v_at[None, :], value, mask=(there & stores)[None, :])
+            tl.store(k_scales + scale_at, k_scale, mask=stores)
+            tl.store(v_scales + scale_at, v_scale, mask=stores)
+        tl.store(k_at, key, mask=stores[:, None] & there)
+        tl.store(v_at, value, mask=stores[:, None] & there)
     key, value = key.to(tl.float32), value.to(tl.float32)
     if k_scales is not None:
         key, value = key * k_scale[:, None], value * v_scale[:, None]
-    m = tl.sum(queries.to(tl.float32) * key, 1) * scale_log2
-    return m, tl.broadcast_to(value, queries.shape)
+    return tl.sum(queries.to(tl.float32) * key, 1) * scale_log2, value
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -83,43 +83,43 @@ def _merge_kernel(
     q, k, v, cos, sin, k_cache, v_cache, k_scales, v_scales, block_table, context_lens, addresses, partial, stats,
     out, scale_log2, slots, table_row, angle_token, q_token, q_head, new_k_token, new_k_head, new_v_token, new_v_head,
     k_block, k_token, k_head, v_block, v_token, v_head, scale_block, scale_token, scale_head, out_token, out_head,
-    GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out of one (sequence, head): its parts folded in order, AHEAD of them loaded together, then the last token.
+    """out of one (sequence, key head)'s query heads, a row each: parts folded in order, AHEAD loaded together, then
+    the last token.
 
     The parts' kernel has promised that all before it is complete: only its own output awaits its end. What is stored
     here it does not read.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    kv_head = head // GROUP
-    d, one = tl.arange(0, BLOCK_D), tl.zeros([1], tl.int64)
+    sequence, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    inside, head = row < GROUP, kv_head * GROUP + row
     last = tl.load(context_lens + sequence) - 1
     angle_row = sequence * angle_token
-    q_row = sequence * q_token + head * q_head
-    query = _heads(q, cos, sin, one + q_row, one + angle_row, one == 0, D, BLOCK_D)
+    query = _heads(q, cos, sin, sequence * q_token + head * q_head, angle_row + 0 * head, inside, D, BLOCK_D)
     if k_scales is not None:
         k_scales = place(k_scales, addresses, 2) + kv_head * scale_head
         v_scales = place(v_scales, addresses, 3) + kv_head * scale_head
     m_last, last_part = _last_part(
         query, k, v, cos, sin, place(k_cache, addresses, 0) + kv_head * k_head,
         place(v_cache, addresses, 1) + kv_head * v_head, k_scales, v_scales, block_table + sequence * table_row, last,
-        head % GROUP == 0, scale_log2, sequence * new_k_token + kv_head * new_k_head,
-        sequence * new_v_token + kv_head * new_v_head, angle_row, k_block, k_token, v_block, v_token, scale_block,
-        scale_token, D, PAGE, BLOCK_D,
+        scale_log2, sequence * new_k_token + kv_head * new_k_head, sequence * new_v_token + kv_head * new_v_head,
+        angle_row, k_block, k_token, v_block, v_token, scale_block, scale_token, D, PAGE,
+        ROWS, BLOCK_D,
     )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
-    first = (sequence * tl.num_programs(1) + head) * slots
+    first = (sequence * (tl.num_programs(1) * GROUP) + head) * slots
     parts = tl.cdiv(tl.maximum(last, 0), SPLIT)
-    m, l = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
-    acc = tl.zeros([1, BLOCK_D], tl.float32)
+    m, l = tl.where(inside, float("-inf"), 0.0), tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for begin in range(0, parts, AHEAD):
         loaded = ()
         for i in tl.static_range(AHEAD):
-            at, there = one + (first + begin + i), one + (begin + i) < parts
+            at, there = first + begin + i, inside & (begin + i < parts)
             loaded = loaded + (
                 (
                     tl.load(stats + 2 * at, mask=there, other=float("-inf")),
@@ -129,6 +129,7 @@ def _merge_kernel(
             )
         for i in tl.static_range(AHEAD):
             m, l, acc = _fold(m, l, acc, loaded[i][0], loaded[i][1], loaded[i][2])
-    m, l, acc = _fold(m, l, acc, m_last, tl.full([1], 1.0, tl.float32), last_part)
+    m, l, acc = _fold(m, l, acc, m_last, tl.full([ROWS], 1.0, tl.float32), last_part)
     result = (acc / l[:, None]).to(out.dtype.element_ty)  # an empty context has one key and value, of zeros
-    tl.store(out + sequence * out_token + head * out_head + d[None, :], result, mask=(d < D)[None, :])
+    to = out + sequence * out_token + head[:, None] * out_head + d[None, :]
+    tl.store(to, result, mask=inside[:, None] & (d < D)[None, :])

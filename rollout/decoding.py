@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..kernels import advance_rows
+from ..kernels import advance_rows, sample_from_head
 from .attention import PagedAttention
 from .graphs import StepGraphs
 from .kv_cache import KVCache
@@ -19,7 +19,8 @@ from .model import MIN_ROWS
 from .prefill import PrefillState, prefill_step
 from .sampling import sample
 
-LOGIT_BYTES = 80 * 2**20  # logits that exist at once on a GPU
+LOGIT_BYTES = 80 * 2**20  # logits that exist at once on a GPU where draws need all of a row's
+SLICE_BYTES = 40 * 2**20  # and where they do not: more are made by slices of the vocabulary
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)  # rows of a captured step; then by 64
 PREFILL_BUCKETS = (32, 64, 128, 192, 256, 384, 512)  # tokens of a captured prefill
 PREFILL_SEQUENCES = (8, 64, 512)  # of a captured prefill; those without tokens cost next to nothing
@@ -35,8 +36,9 @@ class TokenSampler:
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.params = None
         # The CPU takes all rows at once: rows that share a computation are drawn together.
-        self.most_rows = sys.maxsize
+        self.most_rows = self.most_whole = sys.maxsize
         if self.stops.is_cuda:
+            self.most_whole = SLICE_BYTES // (4 * vocab_size)
             self.most_rows = 1 << max(0, (LOGIT_BYTES // (4 * vocab_size)).bit_length() - 1)
 
     def set(self, params, stop_ids):
@@ -52,6 +54,13 @@ class TokenSampler:
             ids = torch.tensor(list(params.logit_bias), device=self.bias.device)
             self.bias[ids] = torch.tensor(list(params.logit_bias.values()), device=ids.device).to(self.bias)
         self.min_tokens = params.min_tokens if self.stop_ids else 0
+
+    @property
+    def plain(self):
+        """Whether tokens are drawn from the logits as the model gives them."""
+        p = self.params
+        filtered = p.filters and p.temperature > 0
+        return not (filtered or p.logit_bias or self.min_tokens or p.repetition_penalty != 1)
 
     @property
     def key(self):
@@ -74,6 +83,13 @@ class TokenSampler:
         bias = self.bias if self.params.logit_bias else None
         noise = self.seed, *members, counts
         return sample(logits, rows, noise, self.params, seen=seen, bias=bias, banned=banned)
+
+    def from_head(self, hidden_states, head, members, counts):
+        """As ``__call__`` where ``plain``, tokens and logprobs of hidden states (B, D): the logits come in slices."""
+        noise = None if self.params.temperature == 0 else (self.seed, *members, counts)
+        return sample_from_head(
+            hidden_states, head, self.params.temperature, keys=noise, slice_bytes=SLICE_BYTES
+        )
 
 
 class DecodeState:
@@ -223,6 +239,20 @@ def mark_seen(seen, sequences):
     seen[torch.from_numpy(rows).to(seen.device), torch.tensor(tokens, device=seen.device)] = True
 
 
+def _draw_by_rows(model, hidden_states, draw, state):
+    """(tokens, logprobs, kept or None) of all rows, from the logits of so many computed rows at a time."""
+    counts, drawn = state.words[2], []
+    for start in range(0, len(hidden_states), draw.most_rows):
+        some = hidden_states[start : start + draw.most_rows]
+        draws = slice(start, start + len(some)) if state.leaders is None else slice(None)
+        rows = state.rows[: len(some)] if state.leaders is None else state.rows
+        seen = None if state.seen is None else state.seen[draws if state.leaders is None else state.leaders]
+        drawn.append(draw(model.logits(some), rows, state.members[:, draws], counts[draws], seen))
+    if len(drawn) == 1:
+        return drawn[0]
+    return [None if x[0] is None else torch.cat(x) for x in zip(*drawn, strict=True)]
+
+
 def decode_step(model, cache, draw, state):
     """One token for every row of ``state`` that has not ended."""
     tokens, positions, counts, _ = state.words
@@ -238,17 +268,11 @@ def decode_step(model, cache, draw, state):
         inputs = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, MIN_ROWS - computed)) for x in inputs]
     tokens, positions, table, context_lens = inputs
     hidden_states = model(tokens, positions, PagedAttention(cache, slots, source, table, context_lens))
-    drawn = []
-    for start in range(0, computed, draw.most_rows):
-        stop = min(start + draw.most_rows, computed)
-        draws = slice(start, stop) if state.leaders is None else slice(None)
-        rows = state.rows[: stop - start] if state.leaders is None else state.rows
-        seen = None if state.seen is None else state.seen[draws if state.leaders is None else state.leaders]
-        logits = model.logits(hidden_states[start:stop])
-        drawn.append(draw(logits, rows, state.members[:, draws], counts[draws], seen))
-    tokens, logprobs, kept = drawn[0]
-    if len(drawn) > 1:
-        tokens, logprobs, kept = (None if x[0] is None else torch.cat(x) for x in zip(*drawn, strict=True))
+    if draw.plain and state.leaders is None and computed > draw.most_whole:
+        tokens, logprobs = draw.from_head(hidden_states[:computed], model.head, state.members, counts)
+        kept = None
+    else:
+        tokens, logprobs, kept = _draw_by_rows(model, hidden_states[:computed], draw, state)
     if state.seen is not None:
         state.seen.scatter_(1, tokens[:, None], True)
     advance_rows(

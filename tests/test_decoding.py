@@ -160,6 +160,21 @@ def test_little_memory_preempts_while_looking_ahead(policy, monkeypatch):
     assert len(preemptions) > 10 and max(device.behind) > 0, "the caches were too large, or too small"
 
 
+@pytest.mark.parametrize("options", OPTIONS + [{"temperature": 0}, {"temperature": 0, "top_k": 3}], ids=str)
+def test_slices_of_the_vocabulary_draw_the_same(policy, options, monkeypatch):
+    params = SamplingParams(max_tokens=12, seed=5, **options)
+    expected = sampler_of(policy).generate(PROMPTS, params, group_size=3)
+    sampler, sliced, draw = sampler_of(policy), [], decoding.sample_from_head
+    monkeypatch.setattr(decoding, "sample_from_head", lambda *a, **k: (sliced.append(1), draw(*a, **k))[1])
+    sampler.decoder.draw.most_whole = 4
+    results = sampler.generate(PROMPTS, params, group_size=3)
+    assert bool(sliced) == sampler.decoder.draw.plain
+    for ours, theirs in zip(results, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.token_ids == b.token_ids
+            torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("stop", [(), ("ab", "c")])
 def test_streams_do_not_change(policy, stop, monkeypatch):
     params = SamplingParams(max_tokens=20, seed=1, stop=stop)
