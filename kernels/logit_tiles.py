@@ -91,9 +91,61 @@ def _targets(target_ptr, rows, first_col, N, V):
     return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
 
 
+@triton.jit(do_not_specialize=["N", "height"])
+def _compact_kernel(mask_ptr, rows_ptr, counts_ptr, N, height, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Where mask (N,) is not 0, in order, to rows. To counts: how many, and how many of them a chunk takes.
+
+    Chunks are as even as multiples of UNIT allow and of at most height rows. One program.
+    """
+    index = tl.arange(0, BLOCK)
+    count = tl.zeros((), tl.int32)
+    for start in range(0, N, BLOCK):
+        kept = (tl.load(mask_ptr + start + index, mask=start + index < N, other=0) != 0).to(tl.int32)
+        place = count + tl.cumsum(kept, 0) - kept
+        tl.store(rows_ptr + place, (start + index).to(tl.int64), mask=kept != 0)
+        count += tl.sum(kept, 0)
+    chunks = tl.maximum(tl.cdiv(count, height), 1)
+    tl.store(counts_ptr, count)
+    tl.store(counts_ptr + 1, tl.minimum(count, tl.cdiv(tl.cdiv(count, UNIT), chunks) * UNIT))
+
+
+@triton.jit(do_not_specialize=["first"])
+def _gather_kernel(
+    hidden_ptr,
+    target_ptr,
+    rows_ptr,
+    counts_ptr,
+    hidden_out_ptr,
+    target_out_ptr,
+    first,
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    """Row rows[first + i] of hidden and its target to row i; where counts is given, no more than a chunk takes."""
+    row = tl.program_id(0).to(tl.int64)
+    inside = True
+    if counts_ptr is not None:
+        inside = row < tl.load(counts_ptr + 1)
+    if inside:
+        source = tl.load(rows_ptr + first + row)
+        tl.store(target_out_ptr + row, tl.load(target_ptr + source))
+        for start in range(0, D, BLOCK_D):
+            dims = start + tl.arange(0, BLOCK_D)
+            value = tl.load(hidden_ptr + source * D + dims, mask=dims < D)
+            tl.store(hidden_out_ptr + row * D + dims, value, mask=dims < D)
+
+
+@triton.jit
+def _first_rows(counts_ptr, N):
+    """How many rows the first chunk has: N, or what _compact_kernel has counted."""
+    if counts_ptr is not None:
+        N = tl.load(counts_ptr + 1)
+    return N
+
+
 @triton.jit(do_not_specialize=["N", "V", "first_col", "first_word"])
 def _stats_kernel(
-    hidden, weight, bias_ptr, target_ptr, reference_ptr, partial_ptr, x_target_ptr, weights_out,
+    hidden, weight, bias_ptr, target_ptr, reference_ptr, partial_ptr, x_target_ptr, weights_out, counts_ptr,
     N, V, D, first_col, first_word, stride_wv, stride_wd, stride_tile, stride_plane, stride_out, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTS: tl.constexpr,
     EVEN_D: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
@@ -105,6 +157,7 @@ def _stats_kernel(
 
     WEIGHTS also writes 2^(x - reference) * slope, 0 at the target and in tiles out of REACH, to weights_out (N, V).
     """
+    N = _first_rows(counts_ptr, N)
     row_blocks = tl.cdiv(N, BLOCK_M)
     tiles = row_blocks * tl.cdiv(V, BLOCK_V)
     # Row blocks run fastest, so programs that run together read the same weight tiles from L2.
@@ -182,14 +235,15 @@ def _merge_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _reference_kernel(
-    hidden_ptr, target_weight_ptr, target_ptr, sample_ptr, bias_ptr, reference_ptr, N, D, V, stride_tv, stride_td,
-    stride_sv, stride_sd, scale, softcap, GATHERED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, SAMPLE: tl.constexpr, BLOCK_D: tl.constexpr,
+    hidden_ptr, target_weight_ptr, target_ptr, sample_ptr, bias_ptr, reference_ptr, counts_ptr, N, D, V,
+    stride_tv, stride_td, stride_sv, stride_sd, scale, softcap, GATHERED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, SAMPLE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A logit near the top of each row: the largest of the target's and those of SAMPLE words, evenly spread.
 
     target_weight and sample are the whole head or, GATHERED, its rows for the targets and for the sample.
     """
+    N = _first_rows(counts_ptr, N)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     place, dims = tl.arange(0, SAMPLE), tl.arange(0, BLOCK_D)
     x = tl.zeros((BLOCK_M, SAMPLE), tl.float32)

@@ -280,13 +280,7 @@ def test_descriptors_and_packed_directions(monkeypatch, copied):
     monkeypatch.setattr(logit_passes, "COL_UNIT", 64)
     hidden, weight, bias, target_ids, _ = problem(75, 40, 333, torch.float16)
     assert logit_passes._config(hidden, weight)["TMA"]
-    allocate = logit_passes.allocate
-
-    def packed(hidden, entropy, gradient):
-        *outputs, direction, scale = allocate(hidden, entropy, gradient)
-        return *outputs, direction.half(), scale.new_empty(len(hidden))
-
-    monkeypatch.setattr(logit_passes, "allocate", packed)
+    monkeypatch.setattr(logit_passes, "_packs", lambda hidden, gradient: gradient)
     given = weight.float() if copied else weight
     how = logit_passes.forward_bytes
     least = how(128, 64, 333, 40, 2, entropy=True, gradient=True, packed=True, copied=copied, block_v=64)
@@ -327,6 +321,30 @@ def test_masked_rows_are_zero_cost_nothing_and_stop_nan():
         assert torch.equal(full[mask], kept)
         assert (full[~mask] == 0).all()
     assert torch.equal(gradients[1], kept_gradients[1]) and torch.equal(gradients[2], kept_gradients[2])
+
+
+@pytest.mark.parametrize("count", [0, 1, 128, 129, 257, 300])
+def test_masked_rows_in_chunks(device, count):
+    """However many rows are left for a chunk begun before that is known: the bits of a call with these rows alone."""
+    if device.type == "cpu" and not INTERPRET:
+        pytest.skip("the CPU path knows how many")
+    (D, V), dtype = ((40, 700), torch.float32) if device.type == "cpu" else ((576, 49152), torch.bfloat16)
+    hidden, weight, bias, target_ids, upstream = problem(300, D, V, dtype, device=device, scale=3.0)
+    mask = torch.randperm(300, generator=torch.Generator().manual_seed(count)).to(device) < count
+    least = smallest_workspace(hidden.clone().requires_grad_(), weight, target_ids, bias=bias)
+    hidden[~mask], target_ids[~mask] = float("nan"), -100
+    call = lambda keep, **kwargs: outputs_and_gradients(
+        fused_linear_logprob, hidden[keep], weight, bias, target_ids[keep], upstream[:, keep], frozen=True, **kwargs
+    )  # fmt: skip
+    values, gradient = call(slice(None), mask=mask, workspace_bytes=least)
+    with torch.no_grad():
+        again = fused_linear_logprob(hidden, weight, target_ids, bias=bias, mask=mask).logprobs
+    kept_values, kept_gradient = call(mask)
+    assert torch.equal(values[0], again)
+    assert torch.equal(values[0][mask], kept_values[0])
+    assert (values[0][~mask] == 0).all() and (gradient[0][~mask] == 0).all()
+    rtol = 1e-5 if dtype == torch.float32 else 2.0**-7
+    torch.testing.assert_close(gradient[0][mask], kept_gradient[0], rtol=rtol, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [0, 4])
@@ -577,16 +595,16 @@ def test_autocast_rounds_hidden_like_linear(device):
 def launch_all(N, D, V, dtype, softcap=None, entropy=False):
     hidden, weight, bias, target_ids, upstream = problem(N, D, V, dtype, bias=entropy)
     scales = 0.7, softcap
-    allocate = logit_passes.allocate
-
-    def packed(hidden, entropy, gradient):
-        *outputs, direction, scale = allocate(hidden, entropy, gradient)
-        half = gradient and hidden.dtype == torch.bfloat16
-        return *outputs, direction.half() if half else direction, scale.new_empty(len(hidden))
-
-    with mock.patch.object(logit_passes, "allocate", packed):
+    packs = lambda hidden, gradient: gradient and hidden.dtype == torch.bfloat16
+    counted = lambda kept: (N, 128)  # nothing runs that could count
+    with (
+        mock.patch.object(logit_passes, "_packs", packs),
+        mock.patch.object(logit_passes._Kept, "wait", counted),
+    ):
         for gradient in (False, True):
-            logit_passes.forward(hidden, weight, [], 0, 0, bias, target_ids, *scales, entropy, gradient, None)
+            operands, how = (hidden, weight, [], 0, 0, bias, target_ids), (*scales, entropy, gradient, None)
+            logit_passes.forward(*operands, *how)
+            logit_passes.forward_kept(*operands, target_ids > 0, *how)
     logit_passes.coefficients(
         hidden, weight, bias, target_ids, 0, torch.rand(3, N), upstream[: 1 + entropy], *scales
     )
@@ -596,7 +614,17 @@ def launch_all(N, D, V, dtype, softcap=None, entropy=False):
 
 KERNELS = {
     f"_{name}_kernel"
-    for name in ("stats", "merge", "reference", "direction", "repair", "coefficients", "scale_rows")
+    for name in (
+        "compact",
+        "gather",
+        "stats",
+        "merge",
+        "reference",
+        "direction",
+        "repair",
+        "coefficients",
+        "scale_rows",
+    )
 }
 
 
