@@ -20,7 +20,7 @@ Cost: 2NVD FLOP for values, 4NVD for values and u, with a backward pass of N * D
 trained weight. Nothing of size N * V is ever written.
 
 Extra bytes on CUDA, with b = bytes an element of hidden and T = ceil(V / 256) tiles (64 in place of 256 for float32),
-over chunks of R rows and C words that ``logit_passes.plan`` fits into ``workspace_bytes`` or, without,
+over chunks of R rows and C words that ``logit_plan.plan`` fits into ``workspace_bytes`` or, without,
 max(96 MiB, 152 MiB - what is kept):
     values              (8 or, with entropy, 12) * R * T + 24 * R, within 24 MiB
     values and u        + R * C * b + 4 * R * D; and 2 * N * D + 16 * N kept for backward (float32: 4 * N * D, no 4RD)

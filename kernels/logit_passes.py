@@ -13,11 +13,11 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _runtime, output_head
+from .kept_rows import KeptRows
+from .logit_plan import COL_UNIT, ROW_UNIT, forward_bytes, plan, width_of
 from .logit_tiles import (
     _coefficients_kernel,
-    _compact_kernel,
     _direction_kernel,
-    _gather_kernel,
     _merge_kernel,
     _pack_kernel,
     _reference_kernel,
@@ -29,9 +29,7 @@ from .logit_tiles import (
 LOG2E = 1.4426950408889634
 # Bytes of temporary memory of a forward pass unless the caller bounds it; also with what it leaves for backward.
 WORKSPACE, WITH_SAVED = 96 * 2**20, 152 * 2**20
-ROW_UNIT, COL_UNIT = 128, 256  # chunks are multiples of these, and these of every tile
 SAMPLE = 64
-FULLNESS = 0.7  # of the card's waves, what the second matmul takes at the least, however few its rows
 
 # float32 tiles are small because their products run on the CUDA cores; 99 KB of shared memory bounds sm_86/89/120.
 # programs: how many a multiprocessor is given; each takes tiles until none is left.
@@ -111,76 +109,6 @@ def allocate(hidden, N, entropy, gradient):
         hidden.new_empty((N if gradient else 0, D), dtype=torch.float16 if packed else wide),
         hidden.new_empty(N if packed else 0, dtype=wide),
     )
-
-
-def forward_bytes(R, C, V, D, itemsize, *, entropy, gradient, packed, copied, block_v=COL_UNIT):
-    """Bytes alive in a forward pass over chunks of R rows and C words, besides what it returns (see the formula)."""
-    statistics = (3 if entropy else 2) * 4 * R * triton.cdiv(V, block_v) + 24 * R
-    copy = C * D * itemsize if copied else 0  # of a weight that is 4-bit or of another dtype
-    if not gradient:
-        return statistics + copy
-    # The target's weights of each row: gathered, then converted.
-    targets = 3 * R * D * itemsize if copied else 0
-    return statistics + copy + targets + R * C * itemsize + (4 * R * D if packed else 0)
-
-
-@functools.lru_cache(maxsize=256)
-def plan(N, V, D, itemsize, budget, processors, *, entropy, gradient, packed, copied, block_v):
-    """(R, C) within ``budget`` bytes that take the least time by a count of waves; at least one pair must fit."""
-    size = functools.partial(
-        forward_bytes, V=V, D=D, itemsize=itemsize, entropy=entropy, gradient=gradient, packed=packed,
-        copied=copied, block_v=block_v,
-    )  # fmt: skip
-    how = {"D": D, "processors": processors, "gradient": gradient, "copied": copied}
-    breadth, words, total = triton.cdiv(D, 256), triton.cdiv(V, COL_UNIT), triton.cdiv(N, ROW_UNIT)
-    # Equal parts, and heights at which the second matmul fills whole waves.
-    heights = {triton.cdiv(total, parts) for power in range(12) for parts in (2**power, 3 * 2**power)}
-    heights |= {min(total, max(1, waves * processors // breadth)) for waves in range(1, 5)}
-    best = None
-    for height in sorted(heights | {1}):
-        fixed = size(height * ROW_UNIT, 0)
-        widest = (budget - fixed) // max(1, size(height * ROW_UNIT, 1) - fixed) // COL_UNIT
-        widest = words if size(height * ROW_UNIT, V) <= budget else min(widest, words)
-        if widest < 1:
-            continue
-        cost, width = width_of(height, widest, words, **how)
-        full, rest = divmod(total, height)
-        cost = full * cost + (_time(rest, width, words, **how) if rest else 0)
-        if best is None or cost < best[0]:
-            best = cost, height * ROW_UNIT, min(width * COL_UNIT, V)
-    return best[1:]
-
-
-@functools.lru_cache(maxsize=256)
-def width_of(height, widest, words, **how):
-    """(time, width) of the best chunks of at most ``widest`` tiles for ``height`` row blocks and ``words`` tiles.
-
-    Candidates: the widest, equal parts, and those whose tiles fill whole waves.
-    """
-    waves = height * widest // how["processors"]
-    widths = {max(1, wave * how["processors"] // height) for wave in range(max(1, waves - 32), waves + 1)}
-    widths |= {widest, triton.cdiv(words, triton.cdiv(words, widest))}
-    return min((_time(height, width, words, **how), width) for width in widths)
-
-
-def _time(height, width, words, *, D, processors, gradient, copied):
-    """Time of ``height`` row blocks over ``words`` tiles of words in chunks of ``width``.
-
-    The unit is one word or one hidden dimension of a 128 x 256 tile. A wave of logits takes D + 256 of them, one of
-    the second matmul C + 1024 (its float32 output is read and written), a launch 600.
-    """
-
-    def chunk(width):
-        C = width * COL_UNIT
-        time = triton.cdiv(height * width, processors) * (D + 256) + 600
-        if gradient:
-            # The library cuts this product to fit the card, so that its waves are never far from full.
-            waves = max(FULLNESS, height * triton.cdiv(D, 256) / processors)
-            time += waves * (C + 1024) + 600
-        return time + (C * D // 2**14 if copied else 0)
-
-    full, rest = divmod(words, width)
-    return full * chunk(width) + (chunk(rest) if rest else 0)
 
 
 def _chunks(hidden, V, config, workspace, *, gradient, packed, copied, **how):
@@ -329,7 +257,7 @@ def _forward(
     with _runtime.launch_on(hidden), torch.autocast(hidden.device.type, enabled=False):
         columns, begun, factors = blocks(V, C), None, None
         if mask is not None:
-            kept = _Kept(mask, R)
+            kept = KeptRows(mask, R, ROW_UNIT)
             begun = begin(*kept.gather(hidden, target_ids, slice(0, height), known=False), kept.counts)
             factors = statistics(begun, columns[0])
             N, R = kept.wait()
@@ -370,44 +298,6 @@ def _forward(
                 out = direction[rows], direction_scale[rows]
                 _pack_kernel[(n,)](sums, *out, D, BLOCK_D=triton.next_power_of_2(D), num_warps=4)
     return outputs, None if mask is None else kept.rows[:N]
-
-
-class _Kept:
-    """The rows where ``mask`` (N,) is True, found on the device, and how many: at once there, later on the host.
-
-    ``counts``: how many there are and how many the first chunk takes, of at most ``height`` each.
-    """
-
-    def __init__(self, mask, height):
-        self.rows = torch.empty(len(mask), dtype=torch.int64, device=mask.device)
-        self.counts = torch.empty(2, dtype=torch.int32, device=mask.device)
-        _compact_kernel[(1,)](
-            mask.view(torch.uint8), self.rows, self.counts, len(mask), height, UNIT=ROW_UNIT, BLOCK=4096, num_warps=8
-        )  # fmt: skip
-        self.host, self.copied = self.counts, None
-        if mask.is_cuda:
-            self.host = torch.empty(2, dtype=torch.int32, pin_memory=True).copy_(
-                self.counts, non_blocking=True
-            )
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-
-    def gather(self, hidden, target_ids, rows, *, known=True):
-        """hidden and targets of the kept ``rows`` (a slice), copied; of no more than there are, where not known."""
-        n, D = rows.stop - rows.start, hidden.shape[1]
-        out, targets = hidden.new_empty((n, D)), target_ids.new_empty(n)
-        _gather_kernel[(n,)](
-            hidden, target_ids, self.rows, None if known else self.counts, out, targets, rows.start, D,
-            BLOCK_D=min(1024, triton.next_power_of_2(D)), num_warps=4,
-        )  # fmt: skip
-        return out, targets
-
-    def wait(self):
-        """(how many, how many at a time): all the host has launched by now needs neither."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        count, first = self.host.tolist()
-        return count, max(ROW_UNIT, triton.cdiv(first, ROW_UNIT) * ROW_UNIT)
 
 
 def _programs(config, N, V, device):

@@ -91,50 +91,6 @@ def _targets(target_ptr, rows, first_col, N, V):
     return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["N", "height"])
-def _compact_kernel(mask_ptr, rows_ptr, counts_ptr, N, height, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """Where mask (N,) is not 0, in order, to rows. To counts: how many, and how many of them a chunk takes.
-
-    Chunks are as even as multiples of UNIT allow and of at most height rows. One program.
-    """
-    index = tl.arange(0, BLOCK)
-    count = tl.zeros((), tl.int32)
-    for start in range(0, N, BLOCK):
-        kept = (tl.load(mask_ptr + start + index, mask=start + index < N, other=0) != 0).to(tl.int32)
-        place = count + tl.cumsum(kept, 0) - kept
-        tl.store(rows_ptr + place, (start + index).to(tl.int64), mask=kept != 0)
-        count += tl.sum(kept, 0)
-    chunks = tl.maximum(tl.cdiv(count, height), 1)
-    tl.store(counts_ptr, count)
-    tl.store(counts_ptr + 1, tl.minimum(count, tl.cdiv(tl.cdiv(count, UNIT), chunks) * UNIT))
-
-
-@triton.jit(do_not_specialize=["first"])
-def _gather_kernel(
-    hidden_ptr,
-    target_ptr,
-    rows_ptr,
-    counts_ptr,
-    hidden_out_ptr,
-    target_out_ptr,
-    first,
-    D,
-    BLOCK_D: tl.constexpr,
-):
-    """Row rows[first + i] of hidden and its target to row i; where counts is given, no more than a chunk takes."""
-    row = tl.program_id(0).to(tl.int64)
-    inside = True
-    if counts_ptr is not None:
-        inside = row < tl.load(counts_ptr + 1)
-    if inside:
-        source = tl.load(rows_ptr + first + row)
-        tl.store(target_out_ptr + row, tl.load(target_ptr + source))
-        for start in range(0, D, BLOCK_D):
-            dims = start + tl.arange(0, BLOCK_D)
-            value = tl.load(hidden_ptr + source * D + dims, mask=dims < D)
-            tl.store(hidden_out_ptr + row * D + dims, value, mask=dims < D)
-
-
 @triton.jit
 def _first_rows(counts_ptr, N):
     """How many rows the first chunk has: N, or what _compact_kernel has counted."""

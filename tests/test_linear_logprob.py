@@ -8,7 +8,7 @@ import torch
 from cross_compile import assert_compiles, every_card, recorded_launches
 from hypothesis import given
 from hypothesis import strategies as st
-from nanogrpo.kernels import _runtime, linear_logprob, logit_passes, logit_passes_cpu
+from nanogrpo.kernels import _runtime, linear_logprob, logit_passes, logit_passes_cpu, logit_plan
 from nanogrpo.kernels.linear_logprob import fused_linear_logprob, fused_linear_logprob_ref
 from nanogrpo.kernels.quantization import dequantize_4bit, quantize_4bit
 from numerics import EPS, assert_no_worse_than
@@ -279,6 +279,7 @@ def test_descriptors_and_packed_directions(monkeypatch, copied):
     monkeypatch.setitem(logit_passes.HALF_CONFIG, 90, logit_passes.TMA_CONFIG | tiny)
     monkeypatch.setattr(_runtime, "arch", lambda device: 90)
     monkeypatch.setattr(logit_passes, "COL_UNIT", 64)
+    monkeypatch.setattr(logit_plan, "COL_UNIT", 64)
     hidden, weight, bias, target_ids, _ = problem(75, 40, 333, torch.float16)
     assert logit_passes._config(hidden, weight)["TMA"]
     monkeypatch.setattr(logit_passes, "_packs", lambda hidden, gradient: gradient)
@@ -358,7 +359,7 @@ def test_the_device_has_work_before_the_host_counts():
             before.extend(name for name, _ in launches)
             return 200, 256
 
-        with mock.patch.object(logit_passes._Kept, "wait", wait):
+        with mock.patch.object(logit_passes.KeptRows, "wait", wait):
             how = 1.0, None, False, True, None
             outputs, rows = logit_passes.forward_kept(
                 hidden, weight, [], 0, 0, None, target_ids, target_ids > 9, *how
@@ -630,7 +631,7 @@ def launch_all(N, D, V, dtype, softcap=None, entropy=False):
     counted = lambda kept: (N, 128)  # nothing runs that could count
     with (
         mock.patch.object(logit_passes, "_packs", packs),
-        mock.patch.object(logit_passes._Kept, "wait", counted),
+        mock.patch.object(logit_passes.KeptRows, "wait", counted),
     ):
         for gradient in (False, True):
             operands, how = (hidden, weight, [], 0, 0, bias, target_ids), (*scales, entropy, gradient, None)
