@@ -20,13 +20,14 @@ Cost: 2NVD FLOP for values, 4NVD for values and u, with a backward pass of N * D
 trained weight. Nothing of size N * V is ever written.
 
 Extra bytes on CUDA, with b = bytes an element of hidden and T = ceil(V / 256) tiles (64 in place of 256 for float32),
-over chunks of R rows and C words that ``logit_passes.plan`` fits into ``workspace_bytes`` or 96 MiB:
+over chunks of R rows and C words that ``logit_plan.plan`` fits into ``workspace_bytes`` or, without,
+max(96 MiB, 152 MiB - what is kept):
     values              (8 or, with entropy, 12) * R * T + 24 * R, within 24 MiB
     values and u        + R * C * b + 4 * R * D; and 2 * N * D + 16 * N kept for backward (float32: 4 * N * D, no 4RD)
     4-bit weight, or of another dtype: + C * D * b, and for u + 3 * R * D * b
     recomputation       R * C * b + (4 + b) * N * D + 32 * N, R = min(N, 8192), C = min(V, 16384, 2^25 / R);
                         trained weight: + 8 * C * D and the gradient itself
-    masked rows         b * N' * D for the N' rows kept
+    masked rows         b * R * D + 8 * N; for recomputation b * N' * D for the N' rows kept
 On the CPU the tile is 512 x 1024 in float32, at most four are alive at once (8 MiB), and half-precision weights are
 widened 1024 rows at a time; u is float32.
 
@@ -148,7 +149,7 @@ def _forward_fake(
     hidden, weight, scales, quant_block, first_block, bias, target_ids, temperature, softcap, entropy, gradient,
     workspace,
 ):  # fmt: skip
-    return logit_passes.allocate(hidden, entropy, gradient)
+    return logit_passes.allocate(hidden, len(hidden), entropy, gradient)
 
 
 def _backward_fake(
@@ -187,15 +188,19 @@ _scale = _runtime.register(
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target_ids, rows, scales, return_entropy, gradient, workspace):
-        """rows (N',): those to compute, None: all. The others' values and gradients are 0."""
-        total = len(hidden)
-        if rows is not None:
-            hidden, target_ids = hidden.index_select(0, rows), target_ids.index_select(0, rows)
-        forward = route(_fwd, logit_passes.forward, logit_passes_cpu.forward, hidden.device)
-        logprobs, entropy, stats, direction, direction_scale = forward(
-            hidden, *output_head.operands(weight), bias, target_ids, *scales, return_entropy, gradient, workspace
-        )  # fmt: skip
+    def forward(ctx, hidden, weight, bias, target_ids, mask, scales, return_entropy, gradient, workspace):
+        """mask (N,): rows to compute, None: all. The others' values and gradients are 0."""
+        total, rows = len(hidden), None
+        operands = hidden, *output_head.operands(weight), bias, target_ids
+        how = *scales, return_entropy, gradient, workspace
+        if mask is None:
+            forward = route(_fwd, logit_passes.forward, logit_passes_cpu.forward, hidden.device)
+            outputs = forward(*operands, *how)
+        else:  # never traced: how many rows there are depends on data
+            on_cpu = logit_passes_cpu.forward_kept
+            forward = route(on_cpu, logit_passes.forward_kept, on_cpu, hidden.device)
+            outputs, rows = forward(*operands, mask, *how)
+        logprobs, entropy, stats, direction, direction_scale = outputs
         ctx.scales, ctx.return_entropy, ctx.gradient, ctx.workspace, ctx.total = (
             scales,
             return_entropy,
@@ -207,6 +212,8 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         saved = rows, direction, direction_scale
         if not gradient or return_entropy:  # what recomputation needs
+            if rows is not None and any(ctx.needs_input_grad):
+                hidden, target_ids = hidden.index_select(0, rows), target_ids.index_select(0, rows)
             saved += hidden, None if ctx.quantized else weight, bias, target_ids, stats, entropy
         ctx.save_for_backward(*saved)
         if rows is not None:
@@ -287,11 +294,13 @@ def fused_linear_logprob(
         bias: (V,) or None.
         temperature: divides the logits, after softcap; > 0.
         softcap: c in c * tanh(logits / c), or None.
-        mask: (...) bool or None; rows with False give 0, get zero gradient and are dropped before the head
-            (under ``torch.compile`` they are zeroed instead, so that shapes do not depend on data).
+        mask: (...) bool or None; rows with False give 0, get zero gradient and are dropped before the head, while
+            the device waits for nothing (under ``torch.compile`` they are zeroed instead, so that shapes do not
+            depend on data).
         return_entropy: also return the entropy, in nats, with its gradient.
         workspace_bytes: bound on the extra memory of forward and backward on CUDA with a frozen head, what is kept
-            between them included, the results not; None: 96 MiB and what is kept. Less memory takes more time.
+            between them included, the results not; None: 152 MiB, or 96 MiB and what is kept, where that is more.
+            Less memory takes more time.
 
     Returns:
         ``LogprobOutput(logprobs, entropy or None)``, each (...) float32 (float64 for float64 hidden), bitwise
@@ -316,20 +325,20 @@ def fused_linear_logprob(
             len(row) == 0,
             f"target_ids is {target_ids[row].tolist()} at row {row.tolist()}, expected [0, {V})",
         )
-    rows = None if mask is None or compiling else mask.reshape(-1).nonzero()[:, 0]
-    if mask is not None and rows is None:
+    kept = None if mask is None or compiling else mask.reshape(-1)
+    if mask is not None and compiling:
         hidden = hidden.masked_fill(~mask.reshape(-1, 1), 0)
     softcap = None if softcap is None else float(softcap)
     trained = [isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in (hidden, weight, bias)]
     # A frozen head's gradient is left by the forward pass. float16 cannot hold what is summed on the way.
     gradient = torch.is_grad_enabled() and trained == [True, False, False] and hidden.dtype != torch.float16
     logprobs, entropy = _LinearLogprob.apply(
-        hidden, weight, bias, target_ids, rows, (float(temperature), softcap), return_entropy, gradient,
+        hidden, weight, bias, target_ids, kept, (float(temperature), softcap), return_entropy, gradient,
         workspace_bytes,
     )  # fmt: skip
 
     def restored(values):
         values = values.reshape(shape)
-        return values.masked_fill(~mask, 0) if mask is not None and rows is None else values
+        return values.masked_fill(~mask, 0) if mask is not None and compiling else values
 
     return LogprobOutput(restored(logprobs), restored(entropy) if return_entropy else None)

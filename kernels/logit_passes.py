@@ -6,12 +6,15 @@ adds its product with the weight to (R, D) in float32. The reference is one numb
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _runtime, output_head
+from .kept_rows import KeptRows
+from .logit_plan import COL_UNIT, ROW_UNIT, forward_bytes, plan, width_of
 from .logit_tiles import (
     _coefficients_kernel,
     _direction_kernel,
@@ -24,8 +27,8 @@ from .logit_tiles import (
 )
 
 LOG2E = 1.4426950408889634
-WORKSPACE = 96 * 2**20  # bytes of temporary memory of a forward pass unless the caller bounds it
-ROW_UNIT, COL_UNIT = 128, 256  # chunks are multiples of these, and these of every tile
+# Bytes of temporary memory of a forward pass unless the caller bounds it; also with what it leaves for backward.
+WORKSPACE, WITH_SAVED = 96 * 2**20, 152 * 2**20
 SAMPLE = 64
 
 # float32 tiles are small because their products run on the CUDA cores; 99 KB of shared memory bounds sm_86/89/120.
@@ -81,20 +84,24 @@ def _processors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def blocks(size, step):
-    """Slices of ``step`` that cover ``size``, the last one shorter."""
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+def blocks(size, step, start=0):
+    """Slices of ``step`` from ``start`` on that cover ``size``, the last one shorter."""
+    return [slice(first, min(first + step, size)) for first in range(start, size, step)]
 
 
-def allocate(hidden, entropy, gradient):
-    """What a forward pass returns: logprobs (N,), entropies (N,), stats (2, N), d logprob / d hidden (N, D) and its
-    scales (N,); those not asked for are empty.
+def _packs(hidden, gradient):
+    return gradient and hidden.dtype == torch.bfloat16 and hidden.device.type == "cuda"
+
+
+def allocate(hidden, N, entropy, gradient):
+    """What a forward pass over N rows returns: logprobs (N,), entropies (N,), stats (2, N), d logprob / d hidden
+    (N, D) and its scales (N,); those not asked for are empty.
 
     The direction of bfloat16 hidden is kept on CUDA as float16 and a power of two a row: it loses 2^-12 of a value
     where the gradient's own rounding takes 2^-9, in half the memory of float32.
     """
-    (N, D), wide = hidden.shape, torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    packed = gradient and hidden.dtype == torch.bfloat16 and hidden.device.type == "cuda"
+    D, wide = hidden.shape[1], torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    packed = _packs(hidden, gradient)
     return (
         hidden.new_empty(N, dtype=wide),
         hidden.new_empty(N if entropy else 0, dtype=wide),
@@ -104,57 +111,6 @@ def allocate(hidden, entropy, gradient):
     )
 
 
-def forward_bytes(R, C, V, D, itemsize, *, entropy, gradient, packed, copied, block_v=COL_UNIT):
-    """Bytes alive in a forward pass over chunks of R rows and C words, besides what it returns (see the formula)."""
-    statistics = (3 if entropy else 2) * 4 * R * triton.cdiv(V, block_v) + 24 * R
-    copy = C * D * itemsize if copied else 0  # of a weight that is 4-bit or of another dtype
-    if not gradient:
-        return statistics + copy
-    # The target's weights of each row: gathered, then converted.
-    targets = 3 * R * D * itemsize if copied else 0
-    return statistics + copy + targets + R * C * itemsize + (4 * R * D if packed else 0)
-
-
-@functools.lru_cache(maxsize=256)
-def plan(N, V, D, itemsize, budget, processors, *, entropy, gradient, packed, copied, block_v):
-    """(R, C) within ``budget`` bytes that take the least time by a count of waves; at least one pair must fit.
-
-    The unit of time is one word or one hidden dimension of a 128 x 256 tile. A wave of logits takes D + 256 of them,
-    one of the second matmul C + 1024 (its float32 output is read and written), a launch 600.
-    """
-    size = functools.partial(
-        forward_bytes, V=V, D=D, itemsize=itemsize, entropy=entropy, gradient=gradient, packed=packed,
-        copied=copied, block_v=block_v,
-    )  # fmt: skip
-    breadth = triton.cdiv(D, 256)
-
-    def time(height, C):
-        wave = triton.cdiv(height * triton.cdiv(C, COL_UNIT), processors) * (D + 256) + 600
-        # The library cuts this product to fit the card, so that its waves are never far from full.
-        wave += max(1, height * breadth / processors) * (C + 1024) if gradient else 0
-        return (wave + (C * D // 2**14 if copied else 0)) * triton.cdiv(V, C)
-
-    total = triton.cdiv(N, ROW_UNIT)
-    # Equal parts, and heights at which the second matmul fills whole waves.
-    heights = {triton.cdiv(total, parts) for power in range(12) for parts in (2**power, 3 * 2**power)}
-    heights |= {min(total, max(1, waves * processors // breadth)) for waves in range(1, 5)}
-    best = None
-    for height in sorted(heights | {1}):
-        fixed = size(height * ROW_UNIT, 0)
-        widest = (
-            min((budget - fixed) // max(1, size(height * ROW_UNIT, 1) - fixed), V + COL_UNIT - 1) // COL_UNIT
-        )
-        if widest < 1:
-            continue
-        # Also the widest chunk whose tiles fill whole waves.
-        for width in (widest, max(1, height * widest // processors * processors // height)):
-            C, (full, rest) = width * COL_UNIT, divmod(total, height)
-            cost = full * time(height, C) + (time(rest, C) if rest else 0)
-            if best is None or cost < best[0]:
-                best = cost, height * ROW_UNIT, min(C, V)
-    return best[1:]
-
-
 def _chunks(hidden, V, config, workspace, *, gradient, packed, copied, **how):
     """(R, C) under the caller's bound (None: the default), which covers what is kept for the backward pass too."""
     (N, D), itemsize = hidden.shape, hidden.itemsize
@@ -162,7 +118,8 @@ def _chunks(hidden, V, config, workspace, *, gradient, packed, copied, **how):
     smallest = forward_bytes(ROW_UNIT, COL_UNIT, V, D, itemsize, **how)
     saved = 16 * N + (N * D * (2 if packed else 4) if gradient else 0)
     if workspace is None:
-        budget = max(WORKSPACE if gradient or copied else WORKSPACE // 4, smallest)
+        usual = max(WORKSPACE, WITH_SAVED - saved) if gradient else WORKSPACE if copied else WORKSPACE // 4
+        budget = max(usual, smallest)
     else:
         _runtime.check(
             workspace >= saved + smallest,
@@ -180,95 +137,167 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """``allocate``'s tensors, filled; stats are m and log2 s."""
     head = output_head.from_operands(weight, scales, quant_block, first_block)
+    how = temperature, softcap, entropy, gradient, workspace
+    return _forward(hidden, weight, head, bias, target_ids, *how)[0]
+
+
+def forward_kept(
+    hidden, weight, scales, quant_block, first_block, bias, target_ids, mask, temperature, softcap, entropy, gradient,
+    workspace,
+):  # fmt: skip
+    """``forward`` of the rows where mask (N,) is True, and their indices (N',).
+
+    The device has the first chunk to do while the host learns N'; only then are the results allocated.
+    """
+    head = output_head.from_operands(weight, scales, quant_block, first_block)
+    how = temperature, softcap, entropy, gradient, workspace
+    return _forward(hidden, weight, head, bias, target_ids, *how, mask)
+
+
+class _Begun(NamedTuple):
+    """A chunk of rows whose first words are done."""
+
+    hidden: torch.Tensor
+    tiles: object  # hidden as the kernels take it
+    target_ids: torch.Tensor
+    x_target: torch.Tensor
+    reference: torch.Tensor | None
+    target_weight: torch.Tensor | None
+    kept: torch.Tensor | None  # how many rows there are, where the host did not know
+
+    def first(self, n):
+        """Only ``n`` rows of it, now that the host knows; kernels still read their number."""
+        return self._replace(hidden=self.hidden[:n])
+
+
+def _forward(
+    hidden, weight, head, bias, target_ids, temperature, softcap, entropy, gradient, workspace, mask=None
+):
     hidden, target_ids = _contiguous(hidden), target_ids.contiguous()
     bias = None if bias is None else bias.contiguous()
     (N, D), V, dtype = hidden.shape, head.shape[0], hidden.dtype
-    copied = bool(scales) or weight.dtype != dtype
+    copied = head is not weight or weight.dtype != dtype
     config = _config(hidden, None if copied else weight)
-    outputs = logprobs, entropies, stats, direction, direction_scale = allocate(hidden, entropy, gradient)
+    packed = _packs(hidden, gradient)
     if N == 0:
-        return outputs
-    packed = direction.dtype == torch.float16
+        return allocate(hidden, N, entropy, gradient), target_ids
     how = {"entropy": entropy, "gradient": gradient, "packed": packed, "copied": copied}
     R, C = _chunks(hidden, V, config, workspace, **how)
-    partial = stats.new_empty((3 if entropy else 2, triton.cdiv(V, config["BLOCK_V"]), R))
+    height = min(N, R)
+    new = functools.partial(hidden.new_empty, dtype=torch.float32)
+    partial = new((3 if entropy else 2, triton.cdiv(V, config["BLOCK_V"]), R))
     scale, cap = LOG2E / temperature, softcap or 0.0
     flags = {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": softcap is not None}
     if gradient:
-        weights = hidden.new_empty((min(N, R), triton.cdiv(C, COL_UNIT) * COL_UNIT))
-        total = stats.new_empty((min(N, R), D)) if packed else None
+        weights = hidden.new_empty(height * triton.cdiv(C, COL_UNIT) * COL_UNIT)
+        total = new((height, D)) if packed else None
         sample = weight  # read in place, or where the head must be converted, its SAMPLE rows
         if copied:
             words = torch.arange(SAMPLE, device=hidden.device) * V // SAMPLE
             sample = output_head.gather(head, words, dtype)
 
     tiling = _tiling(config) | {"FLATTEN": config["FLATTEN"], "EVEN_D": D % config["BLOCK_D"] == 0}
-    row_stride = weights.stride(0) if gradient else 0
     if not copied:
-        w, w_tiles = weight, _operand(weight, config, "BLOCK_V", "BLOCK_D")
+        w_tiles = _operand(weight, config, "BLOCK_V", "BLOCK_D")
 
-    with _runtime.launch_on(hidden), torch.autocast(hidden.device.type, enabled=False):
-        for rows in blocks(N, R):
-            h, targets = hidden[rows], target_ids[rows]
-            n, x_target = len(h), stats.new_full((len(h),), float("nan"))
-            reference, out, out_tiles = None, None, None
-            h_tiles = _operand(h, config, "BLOCK_M", "BLOCK_D")
-            if gradient:
-                sums = total[:n] if packed else direction[rows]
-                out, reference = weights[:n], torch.empty_like(x_target)
-                # Past the end of a chunk come zeros or values that no product reads, as far as a tile goes.
-                out_tiles = _operand(out, config, "BLOCK_M", "BLOCK_V")
-                target_weight = weight
-                if copied:
-                    target_weight = output_head.gather(head, targets.clamp(0, V - 1), dtype)
-                where = {"GATHERED": copied, **flags}
-                _reference_kernel[(triton.cdiv(n, 16),)](
-                    h, target_weight, targets, sample, bias, reference, n, D, V, *target_weight.stride(),
-                    *sample.stride(), scale, cap, **where, BLOCK_M=16, SAMPLE=SAMPLE, BLOCK_D=128, num_warps=4,
-                )  # fmt: skip
-            for cols in blocks(V, C):
-                first_word, width = cols.start, cols.stop - cols.start
-                b = None if bias is None else bias[cols]
-                if copied:
-                    w, first_word = output_head.rows(head, cols, dtype).to(dtype), 0
-                    w_tiles = _operand(w, config, "BLOCK_V", "BLOCK_D")
-                _stats_kernel[(_programs(config, n, width, hidden.device),)](
-                    h_tiles, w_tiles, b, targets, reference, partial, x_target, out_tiles,
-                    n, width, D, cols.start, first_word, *w.stride(), partial.stride(1), partial.stride(0),
-                    row_stride, scale, cap, ENTROPY=entropy, WEIGHTS=gradient, **flags, **tiling,
-                    enable_fp_fusion=False,  # whatever else a pass makes must not change how statistics are rounded
-                )  # fmt: skip
-                if gradient:
-                    addmm_(sums, out[:, :width], w if copied else weight[cols], beta=int(cols.start > 0))
-                if copied:
-                    del w, w_tiles  # before the next copy is made
-            _merge_kernel[(triton.cdiv(n, 16),)](
-                partial, x_target, logprobs, entropies, stats, n, partial.shape[1], rows.start, partial.stride(1),
-                partial.stride(0), stats.stride(0), ENTROPY=entropy, BLOCK_N=16, BLOCK_T=256, num_warps=4,
-                enable_fp_fusion=False,
-            )  # fmt: skip
-            if not gradient:
-                continue
-            m, log_s = stats[:, rows]
-            _direction_kernel[(n,)](
-                sums, target_weight, targets, x_target, reference, logprobs[rows], m, log_s, D, V,
-                *target_weight.stride(), scale, cap, GATHERED=copied, HAS_SOFTCAP=softcap is not None, BLOCK_D=1024,
+    def begin(h, targets, kept=None):
+        """The reference of these rows, of which ``kept`` holds the number where the host does not know it yet."""
+        n, x_target = len(h), new(len(h)).fill_(float("nan"))
+        h_tiles, reference, target_weight = _operand(h, config, "BLOCK_M", "BLOCK_D"), None, None
+        if gradient:
+            reference, target_weight = torch.empty_like(x_target), weight
+            if copied:
+                target_weight = output_head.gather(head, targets.clamp(0, V - 1), dtype)
+            _reference_kernel[(triton.cdiv(n, 16),)](
+                h, target_weight, targets, sample, bias, reference, kept, n, D, V, *target_weight.stride(),
+                *sample.stride(), scale, cap, GATHERED=copied, **flags, BLOCK_M=16, SAMPLE=SAMPLE, BLOCK_D=128,
                 num_warps=4,
             )  # fmt: skip
-            block_d = triton.next_power_of_2(D)
-            for cols in blocks(V, C if copied else V):
-                part, b = output_head.rows(head, cols, dtype).to(dtype), None if bias is None else bias[cols]
-                _repair_kernel[(n,)](
-                    sums, h, part, b, targets, reference, partial, m, log_s, len(part), D, cols.start, part.stride(0),
-                    part.stride(1), partial.stride(1), partial.stride(0), scale, cap, **flags,
-                    BLOCK_V=config["BLOCK_V"], BLOCK_D=block_d, num_warps=8 if block_d > 2048 else 4,
-                )  # fmt: skip
-                del part
-            del target_weight
+        return _Begun(h, h_tiles, targets, x_target, reference, target_weight, kept)
+
+    def statistics(chunk, cols):
+        """Logits of ``cols``; what the second matmul takes of them: 2^(x - reference) and the words' weights."""
+        n, first_word, width = len(chunk.hidden), cols.start, cols.stop - cols.start
+        w, tiles, b = weight, None if copied else w_tiles, None if bias is None else bias[cols]
+        if copied:
+            w, first_word = output_head.rows(head, cols, dtype).to(dtype), 0
+            tiles = _operand(w, config, "BLOCK_V", "BLOCK_D")
+        out, out_tiles = None, None
+        if gradient:
+            stride = triton.cdiv(width, COL_UNIT) * COL_UNIT
+            out = weights[: n * stride].view(n, stride)
+            # Past the end of a chunk come zeros or values that no product reads, as far as a tile goes.
+            out_tiles = _operand(out, config, "BLOCK_M", "BLOCK_V")
+        _stats_kernel[(_programs(config, n, width, hidden.device),)](
+            chunk.tiles, tiles, b, chunk.target_ids, chunk.reference, partial, chunk.x_target, out_tiles, chunk.kept,
+            n, width, D, cols.start, first_word, *w.stride(), partial.stride(1), partial.stride(0),
+            out.stride(0) if gradient else 0, scale, cap, ENTROPY=entropy, WEIGHTS=gradient, **flags, **tiling,
+            enable_fp_fusion=False,  # whatever else a pass makes must not change how statistics are rounded
+        )  # fmt: skip
+        return (out[:, :width], w if copied else weight[cols]) if gradient else None
+
+    def finish(chunk, sums, m, log_s, logprobs, columns):
+        """Sums over all words to d logprob / d hidden, in place."""
+        n, targets, target_weight = len(sums), chunk.target_ids, chunk.target_weight
+        _direction_kernel[(n,)](
+            sums, target_weight, targets, chunk.x_target, chunk.reference, logprobs, m, log_s, D, V,
+            *target_weight.stride(), scale, cap, GATHERED=copied, HAS_SOFTCAP=softcap is not None, BLOCK_D=1024,
+            num_warps=4,
+        )  # fmt: skip
+        block_d = triton.next_power_of_2(D)
+        for cols in columns:
+            w, b = output_head.rows(head, cols, dtype).to(dtype), None if bias is None else bias[cols]
+            _repair_kernel[(n,)](
+                sums, chunk.hidden, w, b, targets, chunk.reference, partial, m, log_s, len(w), D, cols.start,
+                w.stride(0), w.stride(1), partial.stride(1), partial.stride(0), scale, cap, **flags,
+                BLOCK_V=config["BLOCK_V"], BLOCK_D=block_d, num_warps=8 if block_d > 2048 else 4,
+            )  # fmt: skip
+            del w
+
+    with _runtime.launch_on(hidden), torch.autocast(hidden.device.type, enabled=False):
+        columns, begun, factors = blocks(V, C), None, None
+        if mask is not None:
+            kept = KeptRows(mask, R, ROW_UNIT)
+            begun = begin(*kept.gather(hidden, target_ids, slice(0, height), known=False), kept.counts)
+            factors = statistics(begun, columns[0])
+            N, R = kept.wait()
+            left = triton.cdiv(V - columns[0].stop, COL_UNIT)
+            if gradient and N and left:  # fewer rows at a time leave space for more words
+                widest = min(left, weights.numel() // min(N, R) // COL_UNIT)
+                facts = {"D": D, "processors": _processors(hidden.device), "gradient": True, "copied": copied}
+                width = width_of(triton.cdiv(min(N, R), ROW_UNIT), widest, left, **facts)[1] * COL_UNIT
+                columns = columns[:1] + blocks(V, width, C)
+        outputs = logprobs, entropies, stats, direction, direction_scale = allocate(
+            hidden, N, entropy, gradient
+        )
+        for rows in blocks(N, R):
+            if mask is None:
+                begun = begin(hidden[rows], target_ids[rows])
+            elif begun is None:
+                begun = begin(*kept.gather(hidden, target_ids, rows))
+            n = rows.stop - rows.start
+            chunk, begun = begun.first(n), None
+            if gradient:
+                sums = total[:n] if packed else direction[rows]
+            for cols in columns:
+                if factors is None:
+                    factors = statistics(chunk, cols)
+                if gradient:
+                    addmm_(sums, factors[0][:n], factors[1], beta=int(cols.start > 0))
+                factors = None  # before the next copy of words is made
+            m, log_s = stats[:, rows]
+            _merge_kernel[(triton.cdiv(n, 16),)](
+                partial, chunk.x_target, logprobs, entropies, stats, n, partial.shape[1], rows.start,
+                partial.stride(1), partial.stride(0), stats.stride(0), ENTROPY=entropy, BLOCK_N=16, BLOCK_T=256,
+                num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+            if gradient:
+                finish(chunk, sums, m, log_s, logprobs[rows], columns if copied else [slice(0, V)])
+            del chunk  # before the next one is gathered
             if packed:
                 out = direction[rows], direction_scale[rows]
-                _pack_kernel[(n,)](sums, *out, D, BLOCK_D=block_d, num_warps=4)
-    return outputs
+                _pack_kernel[(n,)](sums, *out, D, BLOCK_D=triton.next_power_of_2(D), num_warps=4)
+    return outputs, None if mask is None else kept.rows[:N]
 
 
 def _programs(config, N, V, device):

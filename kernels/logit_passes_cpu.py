@@ -33,7 +33,7 @@ def forward(
 ):  # fmt: skip
     """As ``logit_passes.forward``, in nats, with a running maximum in place of the reference."""
     head = output_head.from_operands(weight, scales, quant_block, first_block)
-    outputs = logprobs, entropies, stats, direction, _ = allocate(hidden, entropy, gradient)
+    outputs = logprobs, entropies, stats, direction, _ = allocate(hidden, len(hidden), entropy, gradient)
     wide, (row_step, col_step, _) = stats.dtype, TILE
     m, s = stats[0].fill_(LOWEST), stats[1].zero_()
     t, x_target = torch.zeros_like(s), torch.full_like(s, math.nan)
@@ -74,6 +74,13 @@ def forward(
             others.addcmul_(own[rows, None], target_weight)
     s.copy_(log_s)
     return outputs
+
+
+def forward_kept(hidden, weight, scales, quant_block, first_block, bias, target_ids, mask, *how):
+    """``forward`` of the rows where mask (N,) is True, and their indices (N',)."""
+    rows = mask.nonzero()[:, 0]
+    hidden, target_ids = hidden.index_select(0, rows), target_ids.index_select(0, rows)
+    return forward(hidden, weight, scales, quant_block, first_block, bias, target_ids, *how), rows
 
 
 def coefficients(hidden, weight, bias, target_ids, first_col, stats, upstream, temperature, softcap):

@@ -91,9 +91,17 @@ def _targets(target_ptr, rows, first_col, N, V):
     return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
 
 
+@triton.jit
+def _first_rows(counts_ptr, N):
+    """How many rows the first chunk has: N, or what _compact_kernel has counted."""
+    if counts_ptr is not None:
+        N = tl.load(counts_ptr + 1)
+    return N
+
+
 @triton.jit(do_not_specialize=["N", "V", "first_col", "first_word"])
 def _stats_kernel(
-    hidden, weight, bias_ptr, target_ptr, reference_ptr, partial_ptr, x_target_ptr, weights_out,
+    hidden, weight, bias_ptr, target_ptr, reference_ptr, partial_ptr, x_target_ptr, weights_out, counts_ptr,
     N, V, D, first_col, first_word, stride_wv, stride_wd, stride_tile, stride_plane, stride_out, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTS: tl.constexpr,
     EVEN_D: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
@@ -105,6 +113,7 @@ def _stats_kernel(
 
     WEIGHTS also writes 2^(x - reference) * slope, 0 at the target and in tiles out of REACH, to weights_out (N, V).
     """
+    N = _first_rows(counts_ptr, N)
     row_blocks = tl.cdiv(N, BLOCK_M)
     tiles = row_blocks * tl.cdiv(V, BLOCK_V)
     # Row blocks run fastest, so programs that run together read the same weight tiles from L2.
@@ -182,14 +191,15 @@ def _merge_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _reference_kernel(
-    hidden_ptr, target_weight_ptr, target_ptr, sample_ptr, bias_ptr, reference_ptr, N, D, V, stride_tv, stride_td,
-    stride_sv, stride_sd, scale, softcap, GATHERED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, SAMPLE: tl.constexpr, BLOCK_D: tl.constexpr,
+    hidden_ptr, target_weight_ptr, target_ptr, sample_ptr, bias_ptr, reference_ptr, counts_ptr, N, D, V,
+    stride_tv, stride_td, stride_sv, stride_sd, scale, softcap, GATHERED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, SAMPLE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A logit near the top of each row: the largest of the target's and those of SAMPLE words, evenly spread.
 
     target_weight and sample are the whole head or, GATHERED, its rows for the targets and for the sample.
     """
+    N = _first_rows(counts_ptr, N)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     place, dims = tl.arange(0, SAMPLE), tl.arange(0, BLOCK_D)
     x = tl.zeros((BLOCK_M, SAMPLE), tl.float32)

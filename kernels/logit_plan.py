@@ -1,0 +1,78 @@
+"""How many rows and words ``logit_passes`` takes at a time: the least time by a count of waves, within a budget."""
+
+import functools
+
+import triton
+
+ROW_UNIT, COL_UNIT = 128, 256  # chunks are multiples of these, and these of every tile
+FULLNESS = 0.7  # of the card's waves, what the second matmul takes at the least, however few its rows
+
+
+def forward_bytes(R, C, V, D, itemsize, *, entropy, gradient, packed, copied, block_v=COL_UNIT):
+    """Bytes alive in a forward pass over chunks of R rows and C words, besides what it returns (see the formula)."""
+    statistics = (3 if entropy else 2) * 4 * R * triton.cdiv(V, block_v) + 24 * R
+    copy = C * D * itemsize if copied else 0  # of a weight that is 4-bit or of another dtype
+    if not gradient:
+        return statistics + copy
+    # The target's weights of each row: gathered, then converted.
+    targets = 3 * R * D * itemsize if copied else 0
+    return statistics + copy + targets + R * C * itemsize + (4 * R * D if packed else 0)
+
+
+@functools.lru_cache(maxsize=256)
+def plan(N, V, D, itemsize, budget, processors, *, entropy, gradient, packed, copied, block_v):
+    """(R, C) within ``budget`` bytes that take the least time by a count of waves; at least one pair must fit."""
+    size = functools.partial(
+        forward_bytes, V=V, D=D, itemsize=itemsize, entropy=entropy, gradient=gradient, packed=packed,
+        copied=copied, block_v=block_v,
+    )  # fmt: skip
+    how = {"D": D, "processors": processors, "gradient": gradient, "copied": copied}
+    breadth, words, total = triton.cdiv(D, 256), triton.cdiv(V, COL_UNIT), triton.cdiv(N, ROW_UNIT)
+    # Equal parts, and heights at which the second matmul fills whole waves.
+    heights = {triton.cdiv(total, parts) for power in range(12) for parts in (2**power, 3 * 2**power)}
+    heights |= {min(total, max(1, waves * processors // breadth)) for waves in range(1, 5)}
+    best = None
+    for height in sorted(heights | {1}):
+        fixed = size(height * ROW_UNIT, 0)
+        widest = (budget - fixed) // max(1, size(height * ROW_UNIT, 1) - fixed) // COL_UNIT
+        widest = words if size(height * ROW_UNIT, V) <= budget else min(widest, words)
+        if widest < 1:
+            continue
+        cost, width = width_of(height, widest, words, **how)
+        full, rest = divmod(total, height)
+        cost = full * cost + (_time(rest, width, words, **how) if rest else 0)
+        if best is None or cost < best[0]:
+            best = cost, height * ROW_UNIT, min(width * COL_UNIT, V)
+    return best[1:]
+
+
+@functools.lru_cache(maxsize=256)
+def width_of(height, widest, words, **how):
+    """(time, width) of the best chunks of at most ``widest`` tiles for ``height`` row blocks and ``words`` tiles.
+
+    Candidates: the widest, equal parts, and those whose tiles fill whole waves.
+    """
+    waves = height * widest // how["processors"]
+    widths = {max(1, wave * how["processors"] // height) for wave in range(max(1, waves - 32), waves + 1)}
+    widths |= {widest, triton.cdiv(words, triton.cdiv(words, widest))}
+    return min((_time(height, width, words, **how), width) for width in widths)
+
+
+def _time(height, width, words, *, D, processors, gradient, copied):
+    """Time of ``height`` row blocks over ``words`` tiles of words in chunks of ``width``.
+
+    The unit is one word or one hidden dimension of a 128 x 256 tile. A wave of logits takes D + 256 of them, one of
+    the second matmul C + 1024 (its float32 output is read and written), a launch 600.
+    """
+
+    def chunk(width):
+        C = width * COL_UNIT
+        time = triton.cdiv(height * width, processors) * (D + 256) + 600
+        if gradient:
+            # The library cuts this product to fit the card, so that its waves are never far from full.
+            waves = max(FULLNESS, height * triton.cdiv(D, 256) / processors)
+            time += waves * (C + 1024) + 600
+        return time + (C * D // 2**14 if copied else 0)
+
+    full, rest = divmod(words, width)
+    return full * chunk(width) + (chunk(rest) if rest else 0)
