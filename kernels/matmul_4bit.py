@@ -4,15 +4,16 @@ x (..., K), q (N, K), bias (N,), y (..., N) in x's dtype; M rows in all, QB weig
 
 Routes by the number of rows; sums are float32 in all:
 
-    packed  M <= 32 (before Hopper nf4: 64), 16-bit x, codes in the order of ``QuantizedWeight.packed``: tensor cores
-            fed from registers (``packed_matmul``), where nf4 values err by at most 0.0019 of themselves in bfloat16
-            and int4's by nothing. Meeting points: M = 16 and 32. Codes in the order of files take the next but one.
-    tiled   from there to M = 64, Hopper and later: through shared memory (``tiled_matmul``), weights rounded.
+    packed  M <= 16 (but on Hopper int4 to 32, nf4 to 64), 16-bit x, codes in the order of ``QuantizedWeight.packed``:
+            tensor cores fed from registers (``packed_matmul``), where nf4 values err by at most 0.0019 of themselves
+            in bfloat16 and int4's by nothing. Codes in the order of files take the next but one.
+    tiled   Hopper, from there to M = 256: out^T = W x^T by warp groups, W from registers (``tiled_matmul``), weights
+            rounded to x's dtype.
     vector  M <= 4, 16-bit x: CUDA cores, the weights exact in float32 (``gemv_4bit``).
     fused   M <= 64, 16-bit x: codes are decoded in registers, rounded to x's dtype, and go through ``tl.dot``.
             Both read N*K/2 codes and N*K/QB scales (fused: for each 32 rows), x and y. FLOPs: 2*M*N*K.
             Extra memory: SPLIT*M*N*4 bytes of partial sums where K is split to fill the card (none for SPLIT = 1),
-            at most 32 KB a row of x (packed: 132 KB); a copy of x where x is not contiguous.
+            at most 32 KB a row of x (packed and tiled: 132 KB); a copy of x where x is not contiguous.
     dense   otherwise: one buffer of N*K values in x's dtype, a library matmul, the buffer freed. Bytes: the codes
             once, the buffer written once and read once.
 
