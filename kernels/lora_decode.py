@@ -3,18 +3,18 @@
     h = x A^T                          x (M, K), A (R, K), h (M, R): the ranks of all adapters that share x
     y = x W^T + bias, and y[:, part p] += scaling * h_p B_p^T       B (rows, r): the rows of all parts in turn
 
-Up to 16 rows, and up to 64 on dense weights, ``ranks`` comes first and leaves partial sums of h over parts of K. Up to
-16 rows of x on packed 4-bit codes, the base product ends with the rest (``packed_matmul``); from there to 256 on Hopper
-it makes the ranks, too (``tiled_matmul``). Where it does not end with the rest ``add_update`` follows: it adds up the
-base's own partial sums, bias and update. That makes two launches on packed codes, three otherwise. More rows than 64
-without ``tiled_matmul`` are for ``add_update`` alone: h and the base product are a library's, on W dequantised for this
-call. Either way what is stored is y, or what follows y in a decoder layer: see ``few_rows``. A and B are read where
-they lie, in their own dtype (by a library a float32 A is rounded first, by a launch): an optimiser step needs no copy,
-and a captured graph stays valid.
+Up to 16 rows, and up to 64 on dense weights, ``ranks`` comes first and leaves partial sums of h over parts of K. Up
+to 16 rows of x on packed 4-bit codes, the base product ends with the rest (``packed_matmul``); from there to 256 on
+Hopper it makes the ranks, too (``tiled_matmul``). Where it does not end with the rest ``add_update`` follows: it adds
+up the base's own partial sums, bias and update. That makes two launches on packed codes, three otherwise. More rows
+than 64 without ``tiled_matmul`` are for ``add_update`` alone: h and the base product are a library's, on W dequantised
+for this call. Either way what is stored is y, or what follows y in a decoder layer: see ``few_rows``. A and B are read
+where they lie, in their own dtype (by a library a float32 A is rounded first, by a launch): an optimiser step needs no
+copy, and a captured graph stays valid.
 
 Bytes beside the base's: A once for each 32 to 128 rows, B once for each 16 or 32, S M R float32 partial sums of h
-written, and read by every program that updates; y again where ``add_update`` runs. FLOPs: 2 M (K R + N r). Memory: the
-partial sums, S <= 12 (by a library: h, and W), and with ``add_update`` the base's y or partial sums.
+written, and read by every program that updates; y again where ``add_update`` runs. FLOPs: 2 M (K R + N r). Memory:
+the partial sums, S <= 12 (by a library: h, and W), and with ``add_update`` the base's y or partial sums.
 
 Precision: A and B are rounded to x's dtype, sums are float32 in a fixed order, h is rounded to x's dtype once; bias
 and update are added in float32, to the base's float32 sums or to its rounded y. What follows y starts from the

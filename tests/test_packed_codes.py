@@ -53,9 +53,15 @@ def test_gain_keeps_the_stated_error(dtype, error):
     assert ((rounded - book).abs() <= error * book.abs()).all()
 
 
-def run(assembly, first, second):
+def run(assembly, first, second, upper=0):
     """What four registers hold after ``assembly``: enough of PTX, on unsigned 32-bit integers."""
-    register = {"$4": first, "$5": second, "%lanemask_lt": 0b0111, "%lanemask_gt": ~0b1111 & 0xFFFFFFFF}
+    register = {
+        "$4": first,
+        "$5": second,
+        "$6": upper,
+        "%lanemask_lt": 0b0111,
+        "%lanemask_gt": ~0b1111 & 0xFFFFFFFF,
+    }
     value = lambda name: register[name] if name in register else int(name, 0)
 
     def prmt(a, b, selector):
@@ -73,8 +79,9 @@ def run(assembly, first, second):
         "or.b32": lambda a, b: a | b,
         "xor.b32": lambda a, b: a ^ b,
         "shl.b32": lambda a, b: a << b & 0xFFFFFFFF,
+        "sub.u32": lambda a, b: a - b & 0xFFFFFFFF,
         "shr.u32": lambda a, b: a >> b,
-        "lop3.b32": lambda a, b, c, table: {0xEA: a & b | c}[table],
+        "lop3.b32": lambda a, b, c, table: {0xEA: a & b | c, 0xE4: a & c | b & ~c}[table],
     }
     for line in re.sub(r"\.reg[^;]*;", "", assembly.strip("{} ")).split(";"):
         if line.strip():
@@ -83,16 +90,23 @@ def run(assembly, first, second):
     return [register[f"${i}"] for i in range(4)]
 
 
-@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("halves", [True, False])
+@pytest.mark.parametrize("part", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", ["nf4", "int4"])
-def test_assembly_decodes_every_pair_of_codes(format, dtype, half):
-    assembly = {"nf4": packed_codes._nf4_assembly, "int4": packed_codes._int4_assembly}[format](dtype, half)
+def test_assembly_decodes_every_pair_of_codes(format, dtype, part, halves):
+    """Nibbles 4 part + i, or 2 i + part, of two words."""
+    if halves:
+        assembly = {"nf4": packed_codes._nf4_halves, "int4": packed_codes._int4_halves}[format](dtype, part)
+    else:
+        assembly = {"nf4": packed_codes._nf4_quads, "int4": packed_codes._int4_quads}[format](dtype)
     book = (torch.tensor(NF4_CODE).double() * GAIN[dtype]).to(dtype)[list(ORDER)]
     table = book if format == "nf4" else torch.arange(16, 32).to(dtype)
-    generator = torch.Generator().manual_seed(half)
+    generator = torch.Generator().manual_seed(part)
     for _ in range(64):
         a, b = torch.randint(2**32, (2,), generator=generator).tolist()
-        pairs = torch.tensor(run(assembly, a, b)).to(torch.uint32).view(torch.uint16).view(dtype).view(4, 2)
-        nibbles = torch.tensor([[w >> 4 * (4 * half + i) & 15 for w in (a, b)] for i in range(4)])
+        values = torch.tensor(run(assembly, a, b, 4 * part))
+        pairs = values.to(torch.uint32).view(torch.uint16).view(dtype).view(4, 2)
+        places = [4 * part + i if halves else 2 * i + part for i in range(4)]
+        nibbles = torch.tensor([[w >> 4 * place & 15 for w in (a, b)] for place in places])
         assert torch.equal(pairs, table[nibbles])
