@@ -5,12 +5,12 @@
 
 Up to 16 rows, and up to 64 on dense weights, ``ranks`` comes first and leaves partial sums of h over parts of K. Up
 to 16 rows of x on packed 4-bit codes, the base product ends with the rest (``packed_matmul``); from there to 256 on
-Hopper it makes the ranks, too (``tiled_matmul``). Where it does not end with the rest ``add_update`` follows: it adds
-up the base's own partial sums, bias and update. That makes two launches on packed codes, three otherwise. More rows
-than 64 without ``tiled_matmul`` are for ``add_update`` alone: h and the base product are a library's, on W dequantised
-for this call. Either way what is stored is y, or what follows y in a decoder layer: see ``few_rows``. A and B are read
-where they lie, in their own dtype (by a library a float32 A is rounded first, by a launch): an optimiser step needs no
-copy, and a captured graph stays valid.
+Hopper it makes the ranks, too (``tiled_matmul``). Where it does not end with the rest ``add_update`` follows: it
+adds up the base's own partial sums, bias and update. That makes two launches on packed codes, three otherwise. More
+rows than 64 without ``tiled_matmul`` are for ``add_update`` alone: h and the base product are a library's, on W
+dequantised for this call. Either way what is stored is y, or what follows y in a decoder layer: see ``few_rows``. A
+and B are read where they lie, in their own dtype (by a library a float32 A is rounded first, by a launch): an
+optimiser step needs no copy, and a captured graph stays valid.
 
 Bytes beside the base's: A once for each 32 to 128 rows, B once for each 16 or 32, S M R float32 partial sums of h
 written, and read by every program that updates; y again where ``add_update`` runs. FLOPs: 2 M (K R + N r). Memory:
