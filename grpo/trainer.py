@@ -161,6 +161,8 @@ class GRPOTrainer:
             seed=seed_from(config.seed * 1_000_003 + step + (number << 40), mine.start),
         )
         with self.meter("rollout"):
+            # Keys and values take the place of what training has freed, instead of one beside it.
+            torch.cuda.empty_cache()
             groups = self.sampler.generate(prompts, params, group_size=config.group_size)
         # Reward functions get copies: what they do to a completion must not reach the batch.
         copy = lambda c: replace(c, token_ids=list(c.token_ids), logprobs=list(c.logprobs))
@@ -185,10 +187,7 @@ class GRPOTrainer:
         parameters = list(self.named_parameters().values())
         if totals["trained_tokens"]:
             self.ranks.sum_gradients(parameters)
-        totals["grad_norm"] = 0.0
-        if any(parameter.grad is not None for parameter in parameters):
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-            totals["grad_norm"] = norm.item()
+        totals["grad_norm"] = self._clip_gradients(parameters)
         finite = math.isfinite(totals["loss"]) and math.isfinite(totals["grad_norm"])
         # A step is skipped when none of its updates was made.
         totals["skipped"] = int(not finite and (first is None or first["skipped"] == 1))
@@ -204,6 +203,19 @@ class GRPOTrainer:
             keep = ("sampler_logprob_diff_max", "sampler_logprob_diff_mean")
             totals.update({name: first[name] for name in keep})
         return totals
+
+    def _clip_gradients(self, parameters):
+        """The norm of all gradients, which are scaled down where it is larger than ``max_grad_norm``.
+
+        ``clip_grad_norm_`` to the bit; but gradients to be multiplied by 1 stay unread in the CPU's memory, if there.
+        """
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients:
+            return 0.0
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not norm + 1e-6 <= self.config.max_grad_norm:  # NaN, too, does as it does there
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+        return norm.item()
 
     @property
     def token_budget(self):

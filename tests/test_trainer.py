@@ -719,6 +719,35 @@ def test_a_limit_that_is_too_small_is_refused_before_a_weight_is_read(monkeypatc
         load_policy(GRPOConfig(**small | {"vram_limit": 80.0}))
 
 
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 1e3])
+def test_gradients_are_clipped_to_the_bit_and_else_left_alone(max_grad_norm):
+    trainer = tiny_trainer(max_grad_norm=max_grad_norm)
+    wake(trainer)
+    batch, _ = trainer.collect(1)
+    trainer._run_micro_batches(trainer.objective.prepare(batch)[0], True)
+    parameters = list(trainer.named_parameters().values())
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = parameter.grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    expected = [parameter.grad for parameter in parameters]
+    versions = [grad._version for grad in before]
+    for parameter, grad in zip(parameters, before, strict=True):
+        parameter.grad = grad
+    assert trainer._clip_gradients(parameters) == norm.item() and 1e-3 < norm < 1e3
+    assert all(map(torch.equal, before, expected))
+    assert ([grad._version for grad in before] == versions) == (norm < max_grad_norm)
+
+
+def test_what_training_has_freed_goes_back_before_the_rollout(monkeypatch):
+    trainer, seen = tiny_trainer(), []
+    generate = trainer.sampler.generate
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("empty"))
+    trainer.sampler.generate = lambda *args, **kwargs: seen.append("rollout") or generate(*args, **kwargs)
+    trainer.step(), trainer.step()
+    assert seen == ["empty", "rollout"] * 2
+
+
 def test_gradients_make_room_for_the_rollout():
     trainer = tiny_trainer()
     trainer.step()
