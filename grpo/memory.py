@@ -28,6 +28,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.lora_linear import WHOLE
+
 GIB = 2**30
 # CUDA 13 on an H200 with ``lean_cuda``: 263 MiB, then 94 of torch's kernels, 66 of cuBLAS, the rest ours and graphs'
 CONTEXT = 500 * 2**20
@@ -136,10 +138,14 @@ def layer_bytes(model, itemsize, tokens, *, quantize, r):
     A, KV = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
     kept = b * (5 * D + 3 * A + 3 * KV + 3 * F) + 4 * model.num_attention_heads
     dense = b * D * F if quantize else 0  # one dequantised projection of the feed-forward block
+    halves = (
+        2 * D * F > WHOLE and F >= D
+    )  # gate and up are dequantised one by one, and dx is summed in float32
+    both = dense + 4 * D * tokens if halves else 2 * dense
     stages = (
         b * 2 * F * tokens,  # SwiGLU: the gradients of gate, up and their product in the place of the product
         b * F * tokens + dense,  # down: the gradient of its input
-        b * (D - F) * tokens + 2 * dense,  # gate and up as one, after what SwiGLU kept has gone
+        b * (D - F) * tokens + both,  # gate and up as one, after what SwiGLU kept has gone
         b * (D + 2 * A + 4 * KV - 3 * F) * tokens + attention_bytes(model, tokens),  # after all of these
     )
     adapters = r * sum(n + k for n, k in linear_shapes(model).values()) // model.num_hidden_layers

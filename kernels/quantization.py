@@ -230,10 +230,18 @@ dequantize_op = _runtime.register(
 )
 
 
-def dense(weight, quant_block, first_block, dtype):
-    """The matrix of operands [W], or of [codes, *scales] with a ``quant_block``: dense for as long as it is held."""
+def dense(weight, quant_block, first_block, dtype, rows=None):
+    """The matrix of operands [W], or of [codes, *scales] with a ``quant_block``: dense for as long as it is held.
+
+    rows: a slice of its rows, with start and stop; None: all.
+    """
     if not quant_block:
-        return weight[0]
+        return weight[0] if rows is None else weight[0][rows]
+    if rows is not None:
+        codes, scale, *others = weight
+        first_block += rows.start * scale.shape[1]  # which nested scales are counted by
+        minimum = scale.dtype == torch.float16  # int4's, a value a block as well
+        weight = [codes[rows], scale[rows], *(x[rows] if minimum else x for x in others)]
     dequantize = route(dequantize_op, _dequantize_triton, _dequantize_torch, weight[0].device)
     return dequantize(weight[0], weight[1:], quant_block, first_block, dtype)
 
