@@ -1,5 +1,6 @@
 """One GRPO step after another: rollout, rewards, advantages, micro-batches, update."""
 
+import contextlib
 import math
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from ..rollout import (
     split_by_budget,
 )
 from ..rollout.cuda_context import lean_cuda
+from ..rollout.layer_steps import padded_tokens
 from ..rollout.policy import choose_device
 from ..rollout.random_weights import find_shape, random_policy
 from .algorithms import find_algorithm
@@ -23,7 +25,7 @@ from .distributed import Ranks, seed_from
 from .loss import kl_penalty
 from .master_weights import MasterWeights
 from .measurement import StepMeter, unmeasured
-from .memory import check_fits, limit_vram
+from .memory import check_fits, limit_vram, micro_batch, pool_bytes
 from .objectives import OBJECTIVES, has_signal
 from .optimizer import make_optimizer
 from .reward_pool import score
@@ -73,6 +75,7 @@ class GRPOTrainer:
             self.masters.keep_moments(self.optimizer)
         self.step_count = 0
         self.batch = None  # the rollouts of the last step
+        self.longest = None  # tokens of the longest micro-batch that is expected
         self.meter = unmeasured  # within a step its StepMeter
         self.micro_batches = (0, 0)  # done, of how many, in the update in progress
 
@@ -161,8 +164,7 @@ class GRPOTrainer:
             seed=seed_from(config.seed * 1_000_003 + step + (number << 40), mine.start),
         )
         with self.meter("rollout"):
-            # Keys and values take the place of what training has freed, instead of one beside it.
-            torch.cuda.empty_cache()
+            self._make_room(prompts)
             groups = self.sampler.generate(prompts, params, group_size=config.group_size)
         # Reward functions get copies: what they do to a completion must not reach the batch.
         copy = lambda c: replace(c, token_ids=list(c.token_ids), logprobs=list(c.logprobs))
@@ -175,6 +177,21 @@ class GRPOTrainer:
         terms = torch.tensor([[math.nan if value is None else value for value in row] for row in terms])
         batch = RolloutBatch.from_groups(prompts, groups, rewards, terms, weights, config.temperature)
         return RolloutBatch.cat(self.ranks.gather(batch))
+
+    def _make_room(self, prompts):
+        """Have keys and values take the place of what training has freed, not one beside it; and the layers' graphs
+        theirs in one piece, for the longest micro-batch that the first step's prompts allow."""
+        torch.cuda.empty_cache()
+        if self.policy.steps is None or not self.policy.model.checkpoint_layers:
+            return
+        if self.longest is None:
+            self.longest, _ = micro_batch(len(prompts), max(map(len, prompts)), self.config)
+        size = pool_bytes(
+            self.policy.config, self.policy.dtype.itemsize, padded_tokens(self.longest),
+            quantize=self.config.quantize, r=self.config.lora_r,
+        )  # fmt: skip
+        with contextlib.suppress(torch.OutOfMemoryError):  # then piece by piece, or with fewer tokens
+            self.policy.steps.reserve(self.longest, size)
 
     def _update(self, batch, step, first=None):
         """One optimiser step over ``batch``; returns its metrics. A loss or gradient that is not finite is no step.

@@ -17,8 +17,7 @@ backward. There the adapter's part of y, and of dx, is written first, and the ba
 pass over y less than the other way round. FLOPs of the adapters: 2 M r (N + K) forward, 2 M r (2 N + 3 K) backward
 for P = 1; h is made again: x, the parameters and what they are rounded to are kept, nothing of (M, N) and no dense W.
 Memory beside the outputs, in values of x's dtype: P r K + N r for the rounded A and B, 2 M P r for h and g, and,
-while a product with a 4-bit W runs, its N K values, or where these are over 2^24 and N >= 2 K half of them, and in
-backward M K float32 sums. Few rows: see ``lora_decode``.
+while a product with a 4-bit W runs, its N K values; of two ``pieces`` one, and in backward M K float32 sums.
 
 Precision: A and B are rounded to x's dtype, sums are float32; scaling * h and scaling * g are rounded to x's dtype
 once, where they enter the next product, and so are the adapter's parts of y and dx, each before the base adds itself
@@ -35,11 +34,10 @@ from .dispatch import route
 from .logit_passes import addmm_
 from .lora_decode import MAX_ROWS, few_rows
 from .matmul_4bit import _matmul_torch
-from .quantization import DTYPES, QuantizedWeight, dense, dequantize_4bit_ref
+from .quantization import DTYPES, QuantizedWeight, dense, dequantize_4bit_ref, pieces
 from .swiglu import swiglu
 
 MAX_RANK = 128
-WHOLE = 2**24  # values of a 4-bit weight that are dense at once, however wide it is
 
 
 def lora_linear_ref(x, weight, lora_a, lora_b, scaling, bias=None):
@@ -84,17 +82,6 @@ def _product(a, b, dtype):
     return torch.mm(a.to(dtype), b.to(dtype))
 
 
-def _pieces(N, K, quant_block):
-    """Slices of W's rows that are dense at the same time: halves of a large wide 4-bit W, such as gate and up are."""
-    if not quant_block or N < 2 * K or N * K <= WHOLE:
-        return [slice(0, N)]
-    return [slice(0, N // 2), slice(N // 2, N)]
-
-
-def _wide(dtype):
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _few(x, N):
     """Whether ``few_rows`` takes x: the library's float32 products are exact, the kernels' are not on CUDA."""
     return 0 < len(x) <= MAX_ROWS and N > 0 and not (x.is_cuda and x.dtype == torch.float32)
@@ -123,7 +110,7 @@ def _lora_linear_triton(
             torch.addmm(bias[start:stop], *operands, alpha=scaling, out=target)
         else:
             target.addmm_(*operands, beta=0 if whole else 1, alpha=scaling)
-    for rows in _pieces(N, x.shape[1], quant_block):
+    for rows in pieces(N, x.shape[1], quant_block):
         y[:, rows].addmm_(x, dense(weight, quant_block, first_block, x.dtype, rows).t())
     return y
 
@@ -159,10 +146,9 @@ def _lora_linear_bwd(
         target.addmm_(*operands, beta=0, alpha=scaling)
     dx, grads = dy.new_empty(0), [dy.new_empty(0) for _ in range(0 if needs_lora else 1 + len(spans))]
     if needs_x:
-        pieces = _pieces(dy.shape[1], x.shape[1], quant_block)
-        # Between two pieces the sum stays float32, as it does inside of one product.
-        dx = _product(g, a, _wide(x.dtype) if len(pieces) > 1 else x.dtype)
-        for rows in pieces:
+        parts = pieces(dy.shape[1], x.shape[1], quant_block)  # between two the sum stays float32
+        dx = _product(g, a, torch.float32 if len(parts) > 1 else x.dtype)
+        for rows in parts:
             addmm_(dx, dy[:, rows], dense(weight, quant_block, first_block, x.dtype, rows))
         dx = dx.to(x.dtype)
     if needs_lora:

@@ -24,6 +24,7 @@ from .packed_codes import NF4_CODE, unpack
 from .quantized_weight import DTYPES, INT4_BLOCK, NESTED_BLOCK, QuantizedWeight, check_layout, decode_absmax
 
 BLOCK_R = 32  # rows of 256 values a program of the CUDA kernel, on every card: it only streams
+WHOLE = 2**24  # values of a weight that are dense at once, however wide it is
 CPU_TILE = 1 << 18  # float32 values: 1 MB, about one core's L2 cache
 
 
@@ -228,6 +229,14 @@ def _dequantize_fake(codes, scales, quant_block, first_block, dtype):
 dequantize_op = _runtime.register(
     "dequantize_4bit", triton_impl=_dequantize_triton, torch_impl=_dequantize_torch, fake=_dequantize_fake
 )
+
+
+def pieces(N, K, quant_block):
+    """Slices of a weight's rows that are dense at the same time where many rows of x are trained: the halves of a
+    large wide 4-bit weight, such as gate and up are."""
+    if not quant_block or N < 2 * K or N * K <= WHOLE:
+        return [slice(0, N)]
+    return [slice(0, N // 2), slice(N // 2, N)]
 
 
 def dense(weight, quant_block, first_block, dtype, rows=None):

@@ -292,6 +292,7 @@ class Decoder:
         for steps in (self.graphs, self.policy.steps):
             if steps is not None:
                 steps.clear()
+        self.policy.graph_pool.give_back()  # also what no graph has used yet
         torch.cuda.empty_cache()
 
     def prefill(self, cache, parts):

@@ -14,6 +14,7 @@ from nanogrpo.kernels import (
     lora_linear,
     lora_linear_stacked,
     matmul_4bit,
+    quantization,
     quantize_4bit,
     swiglu,
 )
@@ -335,7 +336,7 @@ def test_a_wide_weight_is_dense_by_halves(format, dtype, monkeypatch):
     whole = both()
     assert [tuple(w.shape) for w in made] == [(256, 64)] * 2
     made.clear()
-    monkeypatch.setattr(module, "WHOLE", 64)
+    monkeypatch.setattr(quantization, "WHOLE", 64)
     halves = both()
     assert [tuple(w.shape) for w in made] == [(128, 64)] * 4
     truth = module.lora_linear_ref(*double(x, weight, a, b), 0.7, bias.double())

@@ -12,6 +12,7 @@ from nanogrpo.grpo import (
     preset,
 )
 from nanogrpo.grpo.algorithms import ALGORITHMS
+from nanogrpo.grpo.memory import micro_batch, pool_bytes
 from nanogrpo.grpo.objectives import best_and_worst, value_loss
 from nanogrpo.grpo.rewards import RewardError
 from nanogrpo.rollout.layer_steps import LayerSteps
@@ -746,6 +747,29 @@ def test_what_training_has_freed_goes_back_before_the_rollout(monkeypatch):
     trainer.sampler.generate = lambda *args, **kwargs: seen.append("rollout") or generate(*args, **kwargs)
     trainer.step(), trainer.step()
     assert seen == ["empty", "rollout"] * 2
+
+
+def test_graphs_reserve_their_memory_before_a_rollout(monkeypatch):
+    trainer, seen = tiny_trainer(token_budget=300), []
+
+    class Steps:
+        def reserve(self, tokens, size):
+            seen.append((tokens, size))
+            if len(seen) == 3:
+                raise torch.OutOfMemoryError("no room: then piece by piece")
+
+    monkeypatch.setattr(trainer.policy, "steps", Steps())
+    trainer._make_room([[1] * 20] * 2)
+    assert not seen, "without checkpoints no layer has graphs for training"
+    trainer.policy.model.checkpoint_layers = True
+    longest, _ = micro_batch(2, 20, trainer.config)
+    trainer._make_room([[1] * 5, [1] * 20])
+    trainer._make_room([[1] * 90])
+    trainer._make_room([[1] * 90])
+    size = pool_bytes(
+        trainer.policy.config, 4, 128 * -(-longest // 128), quantize=None, r=trainer.config.lora_r
+    )
+    assert seen == [(longest, size)] * 3, "of the first step's prompts: graphs that are there stay"
 
 
 def test_gradients_make_room_for_the_rollout():
