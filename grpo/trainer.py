@@ -1,5 +1,6 @@
 """One GRPO step after another: rollout, rewards, advantages, micro-batches, update."""
 
+import contextlib
 import math
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from ..rollout import (
     split_by_budget,
 )
 from ..rollout.cuda_context import lean_cuda
+from ..rollout.layer_steps import padded_tokens
 from ..rollout.policy import choose_device
 from ..rollout.random_weights import find_shape, random_policy
 from .algorithms import find_algorithm
@@ -23,7 +25,7 @@ from .distributed import Ranks, seed_from
 from .loss import kl_penalty
 from .master_weights import MasterWeights
 from .measurement import StepMeter, unmeasured
-from .memory import check_fits, limit_vram
+from .memory import check_fits, limit_vram, micro_batch, pool_bytes
 from .objectives import OBJECTIVES, has_signal
 from .optimizer import make_optimizer
 from .reward_pool import score
@@ -73,6 +75,7 @@ class GRPOTrainer:
             self.masters.keep_moments(self.optimizer)
         self.step_count = 0
         self.batch = None  # the rollouts of the last step
+        self.longest = None  # tokens of the longest micro-batch that is expected
         self.meter = unmeasured  # within a step its StepMeter
         self.micro_batches = (0, 0)  # done, of how many, in the update in progress
 
@@ -161,6 +164,7 @@ class GRPOTrainer:
             seed=seed_from(config.seed * 1_000_003 + step + (number << 40), mine.start),
         )
         with self.meter("rollout"):
+            self._make_room(prompts)
             groups = self.sampler.generate(prompts, params, group_size=config.group_size)
         # Reward functions get copies: what they do to a completion must not reach the batch.
         copy = lambda c: replace(c, token_ids=list(c.token_ids), logprobs=list(c.logprobs))
@@ -174,6 +178,21 @@ class GRPOTrainer:
         batch = RolloutBatch.from_groups(prompts, groups, rewards, terms, weights, config.temperature)
         return RolloutBatch.cat(self.ranks.gather(batch))
 
+    def _make_room(self, prompts):
+        """Have keys and values take the place of what training has freed, not one beside it; and the layers' graphs
+        theirs in one piece, for the longest micro-batch that the first step's prompts allow."""
+        torch.cuda.empty_cache()
+        if self.policy.steps is None or not self.policy.model.checkpoint_layers:
+            return
+        if self.longest is None:
+            self.longest, _ = micro_batch(len(prompts), max(map(len, prompts)), self.config)
+        size = pool_bytes(
+            self.policy.config, self.policy.dtype.itemsize, padded_tokens(self.longest),
+            quantize=self.config.quantize, r=self.config.lora_r,
+        )  # fmt: skip
+        with contextlib.suppress(torch.OutOfMemoryError):  # then piece by piece, or with fewer tokens
+            self.policy.steps.reserve(self.longest, size)
+
     def _update(self, batch, step, first=None):
         """One optimiser step over ``batch``; returns its metrics. A loss or gradient that is not finite is no step.
 
@@ -185,10 +204,7 @@ class GRPOTrainer:
         parameters = list(self.named_parameters().values())
         if totals["trained_tokens"]:
             self.ranks.sum_gradients(parameters)
-        totals["grad_norm"] = 0.0
-        if any(parameter.grad is not None for parameter in parameters):
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-            totals["grad_norm"] = norm.item()
+        totals["grad_norm"] = self._clip_gradients(parameters)
         finite = math.isfinite(totals["loss"]) and math.isfinite(totals["grad_norm"])
         # A step is skipped when none of its updates was made.
         totals["skipped"] = int(not finite and (first is None or first["skipped"] == 1))
@@ -204,6 +220,19 @@ class GRPOTrainer:
             keep = ("sampler_logprob_diff_max", "sampler_logprob_diff_mean")
             totals.update({name: first[name] for name in keep})
         return totals
+
+    def _clip_gradients(self, parameters):
+        """The norm of all gradients, which are scaled down where it is larger than ``max_grad_norm``.
+
+        ``clip_grad_norm_`` to the bit; but gradients to be multiplied by 1 stay unread in the CPU's memory, if there.
+        """
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients:
+            return 0.0
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not norm + 1e-6 <= self.config.max_grad_norm:  # NaN, too, does as it does there
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+        return norm.item()
 
     @property
     def token_budget(self):

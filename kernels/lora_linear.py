@@ -17,7 +17,7 @@ backward. There the adapter's part of y, and of dx, is written first, and the ba
 pass over y less than the other way round. FLOPs of the adapters: 2 M r (N + K) forward, 2 M r (2 N + 3 K) backward
 for P = 1; h is made again: x, the parameters and what they are rounded to are kept, nothing of (M, N) and no dense W.
 Memory beside the outputs, in values of x's dtype: P r K + N r for the rounded A and B, 2 M P r for h and g, and,
-while a product with a 4-bit W runs, its N K values. Few rows: see ``lora_decode``.
+while a product with a 4-bit W runs, its N K values; of two ``pieces`` one, and in backward M K float32 sums.
 
 Precision: A and B are rounded to x's dtype, sums are float32; scaling * h and scaling * g are rounded to x's dtype
 once, where they enter the next product, and so are the adapter's parts of y and dx, each before the base adds itself
@@ -31,9 +31,10 @@ import torch.nn.functional as F
 
 from . import _runtime
 from .dispatch import route
+from .logit_passes import addmm_
 from .lora_decode import MAX_ROWS, few_rows
 from .matmul_4bit import _matmul_torch
-from .quantization import DTYPES, QuantizedWeight, dense, dequantize_4bit_ref
+from .quantization import DTYPES, QuantizedWeight, dense, dequantize_4bit_ref, pieces
 from .swiglu import swiglu
 
 MAX_RANK = 128
@@ -109,7 +110,9 @@ def _lora_linear_triton(
             torch.addmm(bias[start:stop], *operands, alpha=scaling, out=target)
         else:
             target.addmm_(*operands, beta=0 if whole else 1, alpha=scaling)
-    return y.addmm_(x, dense(weight, quant_block, first_block, x.dtype).t())
+    for rows in pieces(N, x.shape[1], quant_block):
+        y[:, rows].addmm_(x, dense(weight, quant_block, first_block, x.dtype, rows).t())
+    return y
 
 
 def _lora_linear_torch(x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block):
@@ -143,7 +146,11 @@ def _lora_linear_bwd(
         target.addmm_(*operands, beta=0, alpha=scaling)
     dx, grads = dy.new_empty(0), [dy.new_empty(0) for _ in range(0 if needs_lora else 1 + len(spans))]
     if needs_x:
-        dx = torch.mm(g, a).addmm_(dy, dense(weight, quant_block, first_block, x.dtype))
+        parts = pieces(dy.shape[1], x.shape[1], quant_block)  # between two the sum stays float32
+        dx = _product(g, a, torch.float32 if len(parts) > 1 else x.dtype)
+        for rows in parts:
+            addmm_(dx, dy[:, rows], dense(weight, quant_block, first_block, x.dtype, rows))
+        dx = dx.to(x.dtype)
     if needs_lora:
         h = torch.addmm(g, x, a.t(), beta=0, alpha=scaling)
         grads = [_product(g.t(), x, a_dtype)]

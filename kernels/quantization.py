@@ -24,6 +24,7 @@ from .packed_codes import NF4_CODE, unpack
 from .quantized_weight import DTYPES, INT4_BLOCK, NESTED_BLOCK, QuantizedWeight, check_layout, decode_absmax
 
 BLOCK_R = 32  # rows of 256 values a program of the CUDA kernel, on every card: it only streams
+WHOLE = 2**24  # values of a weight that are dense at once, however wide it is
 CPU_TILE = 1 << 18  # float32 values: 1 MB, about one core's L2 cache
 
 
@@ -230,10 +231,26 @@ dequantize_op = _runtime.register(
 )
 
 
-def dense(weight, quant_block, first_block, dtype):
-    """The matrix of operands [W], or of [codes, *scales] with a ``quant_block``: dense for as long as it is held."""
+def pieces(N, K, quant_block):
+    """Slices of a weight's rows that are dense at the same time where many rows of x are trained: the halves of a
+    large wide 4-bit weight, such as gate and up are."""
+    if not quant_block or N < 2 * K or N * K <= WHOLE:
+        return [slice(0, N)]
+    return [slice(0, N // 2), slice(N // 2, N)]
+
+
+def dense(weight, quant_block, first_block, dtype, rows=None):
+    """The matrix of operands [W], or of [codes, *scales] with a ``quant_block``: dense for as long as it is held.
+
+    rows: a slice of its rows, with start and stop; None: all.
+    """
     if not quant_block:
-        return weight[0]
+        return weight[0] if rows is None else weight[0][rows]
+    if rows is not None:
+        codes, scale, *others = weight
+        first_block += rows.start * scale.shape[1]  # which nested scales are counted by
+        minimum = scale.dtype == torch.float16  # int4's, a value a block as well
+        weight = [codes[rows], scale[rows], *(x[rows] if minimum else x for x in others)]
     dequantize = route(dequantize_op, _dequantize_triton, _dequantize_torch, weight[0].device)
     return dequantize(weight[0], weight[1:], quant_block, first_block, dtype)
 

@@ -24,7 +24,10 @@ SLICE_BYTES = 40 * 2**20  # and where they do not: more are made by slices of th
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)  # rows of a captured step; then by 64
 PREFILL_BUCKETS = (32, 64, 128, 192, 256, 384, 512)  # tokens of a captured prefill
 PREFILL_SEQUENCES = (8, 64, 512)  # of a captured prefill; those without tokens cost next to nothing
-MIN_WIDTH = 16  # blocks of the narrowest block table
+MIN_WIDTH, LONG_WIDTH = (
+    16,
+    1024,
+)  # blocks of the narrowest block table; from where on widths grow by half as many
 
 
 class TokenSampler:
@@ -316,6 +319,7 @@ class Decoder:
         for steps in (self.graphs, self.policy.steps):
             if steps is not None:
                 steps.clear()
+        self.policy.graph_pool.give_back()  # also what no graph has used yet
         torch.cuda.empty_cache()
 
     def prefill(self, cache, parts):
@@ -391,6 +395,7 @@ def _bucket(count, buckets):
 def _table_width(blocks):
     """Blocks of a table that holds ``blocks``: few widths, few graphs."""
     width = MIN_WIDTH
-    while width < blocks:
+    while width < blocks and width < LONG_WIDTH:
         width *= 4
-    return width
+    # What attention works in grows with the width, and what has no room in it at once reads a shared prompt again.
+    return width if blocks <= width else -(-blocks // (LONG_WIDTH // 2)) * (LONG_WIDTH // 2)

@@ -18,7 +18,7 @@ from .graphs import StepGraphs
 from .linear import STACKS
 
 TOKENS = 128  # the rows of every product's tile: what padding adds costs the products nothing
-WORKSPACE_TOKENS = 1024  # room that is made at least
+WORKSPACE_TOKENS = 1024  # room that is made where nothing is known of the passes to come
 MAX_PASSES = 48  # (tokens, direction, adapters) whose graphs are kept
 
 
@@ -28,7 +28,15 @@ class LayerSteps:
     def __init__(self, policy, *, graphs=True):
         self.policy = policy
         self.graphs = StepGraphs(policy, most=MAX_PASSES) if graphs else None
+        self.expected = WORKSPACE_TOKENS
         self.clear()
+
+    def reserve(self, tokens, size):
+        """Passes will have up to ``tokens`` tokens: no more room is made, and the graphs' ``size`` bytes at once."""
+        if self.graphs is not None:
+            self.expected = padded_tokens(tokens)
+            with torch.cuda.device(self.policy.device):
+                self.policy.graph_pool.reserve(size)
 
     def clear(self):
         """Give back the graphs and their memory."""
@@ -69,7 +77,9 @@ class LayerSteps:
         values = max(sum(p.numel() for p in own) for own in trained)
         if tokens > self.capacity[0] or values > self.capacity[1]:
             self.clear()
-            rows = max(WORKSPACE_TOKENS, 1 << (tokens - 1).bit_length())  # so that it seldom grows
+            rows = max(self.expected, tokens)
+            if tokens > self.expected:
+                rows = 1 << (tokens - 1).bit_length()  # so that it seldom grows
             self.capacity, embedding = (rows, values), model.embedding
             self.workspace = (
                 *embedding.new_zeros(2, rows, embedding.shape[1]),

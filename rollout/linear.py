@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..kernels import QuantizedWeight, lora_linear_stacked, matmul_4bit, quantize_4bit, swiglu
+from ..kernels.quantization import pieces
 
 STACKS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -26,6 +27,11 @@ LINEARS = tuple(part for parts in STACKS.values() for part in parts)
 def quantized(tensor, format, name):
     """``tensor`` (N, K) as a ``QuantizedWeight`` in the order of codes that its device's kernels take."""
     return in_kernel_order(quantize_4bit(tensor, format, 32 if format == "int4" else 64, name=name))
+
+
+def dense_at_once(N, K):
+    """Values of a 4-bit weight (N, K) that are dense at the same time while adapters are trained on many rows."""
+    return K * max(rows.stop - rows.start for rows in pieces(N, K, quant_block=64))
 
 
 def in_kernel_order(weight):

@@ -311,3 +311,10 @@ def test_a_cache_that_finds_no_room_takes_that_of_captured_steps(policy, monkeyp
     monkeypatch.setattr(policy, "steps", None)
     with pytest.raises(torch.OutOfMemoryError):
         sampler.decoder.cache(3, 16)
+
+
+def test_tables_have_few_widths_and_long_ones_little_to_spare():
+    widths = [decoding._table_width(blocks) for blocks in range(1, 8193)]
+    assert all(width >= blocks for blocks, width in enumerate(widths, 1)) and widths == sorted(widths)
+    assert sorted(set(widths))[:6] == [16, 64, 256, 1024, 1536, 2048] and len(set(widths)) == 18
+    assert all(width <= 1.5 * blocks for blocks, width in enumerate(widths, 1) if blocks > 1024)

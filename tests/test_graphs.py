@@ -8,7 +8,8 @@ import pytest
 import torch
 from checkpoints import small_config
 from nanogrpo.rollout import LoraConfig
-from nanogrpo.rollout.graphs import MAX_GRAPHS, StepGraphs
+from nanogrpo.rollout import graphs as graphs_module
+from nanogrpo.rollout.graphs import MAX_GRAPHS, GraphPool, StepGraphs
 from tiny import perturb_adapters, tiny_policy
 
 
@@ -17,22 +18,31 @@ class Graph:
         pass
 
 
+class Pool:
+    def __init__(self):
+        self.id = next(Pool.ids)
+        Pool.alive.add(self)
+
+
 @pytest.fixture
 def captures(monkeypatch):
-    """The pool of every capture. As torch's allocator, it refuses a pool whose graphs are all gone."""
-    pools, handles, alive = [], itertools.count(1), {}
+    """The pool of every capture, which is there while it is captured, on the one stream whose memory it has."""
+    pools = []
+    Pool.ids, Pool.alive = itertools.count(1), weakref.WeakSet()
 
     @contextlib.contextmanager
-    def capture(graph, pool):
-        assert pool not in alive or any(ref() is not None for ref in alive[pool]), "the pool is gone"
-        alive.setdefault(pool, []).append(weakref.ref(graph))
+    def capture(graph, pool, stream):
+        assert pool in {found.id for found in Pool.alive} and stream == "stream of 0"
         pools.append(pool)
         yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "MemPool", Pool)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(graphs_module, "capture_stream", "stream of {}".format)
+    monkeypatch.setattr(GraphPool, "working", lambda pool: contextlib.nullcontext(pool.open()))
     return pools
 
 
@@ -66,11 +76,32 @@ def test_graphs_of_one_policy_share_a_pool(captures):
     first.clear()
     get(first, "decode", 8)
     assert len(captures) == 3 and len(set(captures)) == 1
-    first.clear(), second.clear()
+    first.clear()
+    assert len(Pool.alive) == 1, "a pool outlives the graphs of one"
+    second.clear()
+    assert not Pool.alive, "no memory without graphs"
     get(first, "decode", 8)
     assert len(set(captures)) == 2
     get(StepGraphs(tiny_policy()), "decode", 8)
     assert len(set(captures)) == 3
+
+
+def test_a_pool_takes_one_piece_until_it_is_given_back(captures, monkeypatch):
+    policy, sizes = tiny_policy(), []
+    pool, graphs = policy.graph_pool, StepGraphs(policy)
+    monkeypatch.setattr(torch, "empty", lambda size, **options: sizes.append(size))
+    pool.reserve(100), pool.reserve(100), pool.reserve(60)
+    get(graphs, "decode", 8)
+    pool.reserve(100)
+    assert sizes == [100] and set(captures) == {pool.pool.id}
+    pool.reserve(140)
+    assert sizes == [100, 140] and len(Pool.alive) == 1
+    pool.give_back()
+    assert pool.room == 140 and len(Pool.alive) == 1, "a graph still has it"
+    graphs.clear()
+    assert pool.room == 0 and not Pool.alive
+    pool.reserve(60)
+    assert sizes == [100, 140, 60]
 
 
 def test_a_step_of_many_parts_is_captured_part_by_part(captures):

@@ -1,11 +1,14 @@
 """Layers run from captured steps: padding, replays and their order change nothing of log-probs and gradients."""
 
+import contextlib
+
 import pytest
 import torch
 from checkpoints import small_config
 from hypothesis import given
 from hypothesis import strategies as st
 from nanogrpo.rollout import LoraConfig, layer_steps
+from nanogrpo.rollout.graphs import StepGraphs
 from nanogrpo.rollout.layer_steps import TOKENS, WORKSPACE_TOKENS, LayerSteps, padded_tokens
 from nanogrpo.rollout.packing import pack_tree
 from nanogrpo.rollout.random_weights import random_policy
@@ -237,3 +240,18 @@ def test_a_capture_while_another_pass_waits():
     for logprobs, grads in ((second, expected[1]), (first, expected[0]), (waiting, expected[0])):
         backward(logprobs)
         assert equal(gradients(policy), grads)
+
+
+def test_room_is_made_for_the_passes_that_are_expected(monkeypatch):
+    policy, sizes = tiny_policy(lora=LoraConfig(r=4)), []
+    steps = LayerSteps(policy, graphs=False)
+    steps.reserve(300, 10**6)
+    assert steps.expected == WORKSPACE_TOKENS, "without graphs there is nothing to make room for"
+    steps.graphs = StepGraphs(policy)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(policy.graph_pool, "reserve", sizes.append)
+    steps.reserve(300, 10**6)
+    assert sizes == [10**6]
+    for tokens, rows in ((128, 384), (384, 384), (512, 512), (640, 1024)):
+        steps._state(tokens)
+        assert steps.capacity[0] == len(steps.workspace[0]) == rows

@@ -14,9 +14,11 @@ from nanogrpo.kernels import (
     lora_linear,
     lora_linear_stacked,
     matmul_4bit,
+    quantization,
     quantize_4bit,
     swiglu,
 )
+from nanogrpo.kernels.quantization import dense
 from numerics import EPS, assert_no_worse_than
 
 module = importlib.import_module("nanogrpo.kernels.lora_linear")  # the package exports its function
@@ -306,6 +308,42 @@ def test_each_gradient_alone(wanted, device):
     y = lora_linear(leaves[0], weight, leaves[1], leaves[2], 0.7, leaves[3])
     some = torch.autograd.grad(y, [leaves[i] for i in wanted], dy)
     assert all(torch.equal(grad, every[i]) for grad, i in zip(some, wanted, strict=True))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("format, options", [("nf4", {}), ("nf4", {"double_quant": True}), ("int4", {})])
+def test_rows_of_a_dense_weight_are_its_rows(format, options, packed):
+    q = quantize_4bit(torch.randn(24, 384, generator=torch.Generator().manual_seed(0)), format, **options)
+    codes, scales, *layout = (q.packed() if packed else q).rows(3, 21).operands()
+    whole = dense([codes, *scales], *layout, torch.float32)
+    for rows in (slice(0, 9), slice(9, 18), slice(5, 6)):
+        assert torch.equal(dense([codes, *scales], *layout, torch.float32, rows), whole[rows])
+
+
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wide_weight_is_dense_by_halves(format, dtype, monkeypatch):
+    x, weight, a, b, bias, dy = problem((module.MAX_ROWS + 8,), 64, 256, 8, dtype, format=format)
+    codes, scales, *layout = weight.operands()
+    made, make = [], module.dense
+    monkeypatch.setattr(module, "dense", lambda *args: made.append(make(*args)) or made[-1])
+
+    def both():
+        y = module._lora_linear_triton(x, [codes, *scales], a, b, [0, 256], 0.7, bias, *layout)
+        options = [0, 256], 0.7, *layout, True, True, torch.float32, torch.float32
+        return [y, *module._lora_linear_bwd(dy, x, [codes, *scales], a, b, *options)]
+
+    whole = both()
+    assert [tuple(w.shape) for w in made] == [(256, 64)] * 2
+    made.clear()
+    monkeypatch.setattr(quantization, "WHOLE", 64)
+    halves = both()
+    assert [tuple(w.shape) for w in made] == [(128, 64)] * 4
+    truth = module.lora_linear_ref(*double(x, weight, a, b), 0.7, bias.double())
+    dx = dy.double() @ dequantize_4bit(weight, dtype).double() + 0.7 * dy.double() @ b.double() @ a.double()
+    assert_no_worse_than(halves[0], whole[0], truth, floor=FLOOR[dtype])
+    assert_no_worse_than(halves[1], whole[1], dx, floor=FLOOR[dtype])
+    assert all(map(torch.equal, halves[2:], whole[2:]))
 
 
 @pytest.mark.parametrize("format", [None, "nf4"])

@@ -187,6 +187,8 @@ def test_activations_are_bounded(checkpoint_layers, tokens, monkeypatch):
     )  # the package has a function of that name
     monkeypatch.setattr(module, "swiglu", Gated.apply)
     monkeypatch.setattr(memory, "attention_bytes", lambda *sizes: 0)  # nothing of it is in ``Attended``
+    monkeypatch.setattr(memory, "GAPS", 1)  # these are the CUDA allocator's
+    monkeypatch.setattr(memory, "_held", lambda count, size: count * size)
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(64, (4, tokens // 4), generator=generator).tolist()
     peak, T = training_peak(WIDE, rows, checkpoint_layers=checkpoint_layers)
@@ -202,7 +204,17 @@ def config(**settings):
     return GRPOConfig(**{"random_weights": "qwen2.5-1.5b", "max_completion_length": 200, **settings})
 
 
-def test_parts_grow_with_what_they_are_made_of():
+@pytest.mark.parametrize(
+    "count, size, held",
+    [(28, 2359296, 80), (28, 3538944, 120), (5, 12 * 2**20 + 1, 70), (9, 300_000, 4), (0, 99, 0)],
+)
+def test_the_allocator_cuts_pieces(count, size, held):
+    """Tensors of 1 to 10 MiB share pieces of 20, smaller ones of 2; larger ones have their own in steps of 2 MiB."""
+    assert memory._held(count, size) == held * 2**20
+
+
+def test_parts_grow_with_what_they_are_made_of(monkeypatch):
+    monkeypatch.setattr(memory, "_held", lambda count, size: count * size)
     model = SHAPES["Qwen2.5-1.5B"]
     plan = lambda **settings: plan_memory(model, config(**settings), 128)
     base = plan()

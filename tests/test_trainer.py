@@ -12,6 +12,7 @@ from nanogrpo.grpo import (
     preset,
 )
 from nanogrpo.grpo.algorithms import ALGORITHMS
+from nanogrpo.grpo.memory import micro_batch, pool_bytes
 from nanogrpo.grpo.objectives import best_and_worst, value_loss
 from nanogrpo.grpo.rewards import RewardError
 from nanogrpo.rollout.layer_steps import LayerSteps
@@ -717,6 +718,58 @@ def test_a_limit_that_is_too_small_is_refused_before_a_weight_is_read(monkeypatc
         load_policy(GRPOConfig(vram_limit=0.7))
     with pytest.raises(AssertionError, match="a weight was read"):
         load_policy(GRPOConfig(**small | {"vram_limit": 80.0}))
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 1e3])
+def test_gradients_are_clipped_to_the_bit_and_else_left_alone(max_grad_norm):
+    trainer = tiny_trainer(max_grad_norm=max_grad_norm)
+    wake(trainer)
+    batch, _ = trainer.collect(1)
+    trainer._run_micro_batches(trainer.objective.prepare(batch)[0], True)
+    parameters = list(trainer.named_parameters().values())
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = parameter.grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    expected = [parameter.grad for parameter in parameters]
+    versions = [grad._version for grad in before]
+    for parameter, grad in zip(parameters, before, strict=True):
+        parameter.grad = grad
+    assert trainer._clip_gradients(parameters) == norm.item() and 1e-3 < norm < 1e3
+    assert all(map(torch.equal, before, expected))
+    assert ([grad._version for grad in before] == versions) == (norm < max_grad_norm)
+
+
+def test_what_training_has_freed_goes_back_before_the_rollout(monkeypatch):
+    trainer, seen = tiny_trainer(), []
+    generate = trainer.sampler.generate
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("empty"))
+    trainer.sampler.generate = lambda *args, **kwargs: seen.append("rollout") or generate(*args, **kwargs)
+    trainer.step(), trainer.step()
+    assert seen == ["empty", "rollout"] * 2
+
+
+def test_graphs_reserve_their_memory_before_a_rollout(monkeypatch):
+    trainer, seen = tiny_trainer(token_budget=300), []
+
+    class Steps:
+        def reserve(self, tokens, size):
+            seen.append((tokens, size))
+            if len(seen) == 3:
+                raise torch.OutOfMemoryError("no room: then piece by piece")
+
+    monkeypatch.setattr(trainer.policy, "steps", Steps())
+    trainer._make_room([[1] * 20] * 2)
+    assert not seen, "without checkpoints no layer has graphs for training"
+    trainer.policy.model.checkpoint_layers = True
+    longest, _ = micro_batch(2, 20, trainer.config)
+    trainer._make_room([[1] * 5, [1] * 20])
+    trainer._make_room([[1] * 90])
+    trainer._make_room([[1] * 90])
+    size = pool_bytes(
+        trainer.policy.config, 4, 128 * -(-longest // 128), quantize=None, r=trainer.config.lora_r
+    )
+    assert seen == [(longest, size)] * 3, "of the first step's prompts: graphs that are there stay"
 
 
 def test_gradients_make_room_for_the_rollout():
