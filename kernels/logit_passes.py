@@ -215,6 +215,19 @@ def _forward(
             )  # fmt: skip
         return _Begun(h, h_tiles, targets, x_target, reference, target_weight, kept)
 
+    # Views take the host as long as launches do: each is made once.
+    @functools.cache
+    def factor_of(n, width):
+        """Room for the second matmul's left factor (n, width): itself, as the kernels take it, and its row stride."""
+        stride = triton.cdiv(width, COL_UNIT) * COL_UNIT
+        out = weights[: n * stride].view(n, stride)
+        # Past the end of a chunk come zeros or values that no product reads, as far as a tile goes.
+        return out[:, :width], _operand(out, config, "BLOCK_M", "BLOCK_V"), stride
+
+    @functools.cache
+    def words_of(start, stop):
+        return weight[start:stop]
+
     def statistics(chunk, cols):
         """Logits of ``cols``; what the second matmul takes of them: 2^(x - reference) and the words' weights."""
         n, first_word, width = len(chunk.hidden), cols.start, cols.stop - cols.start
@@ -222,24 +235,20 @@ def _forward(
         if copied:
             w, first_word = output_head.rows(head, cols, dtype).to(dtype), 0
             tiles = _operand(w, config, "BLOCK_V", "BLOCK_D")
-        out, out_tiles = None, None
-        if gradient:
-            stride = triton.cdiv(width, COL_UNIT) * COL_UNIT
-            out = weights[: n * stride].view(n, stride)
-            # Past the end of a chunk come zeros or values that no product reads, as far as a tile goes.
-            out_tiles = _operand(out, config, "BLOCK_M", "BLOCK_V")
+        out, out_tiles, stride_out = factor_of(n, width) if gradient else (None, None, 0)
         _stats_kernel[(_programs(config, n, width, processors),)](
             chunk.tiles, tiles, b, chunk.target_ids, chunk.reference, partial, chunk.x_target, out_tiles, chunk.kept,
             n, width, D, cols.start, first_word, *w.stride(), partial.stride(1), partial.stride(0),
-            out.stride(0) if gradient else 0, scale, cap, ENTROPY=entropy, WEIGHTS=gradient, **flags, **tiling,
+            stride_out, scale, cap, ENTROPY=entropy, WEIGHTS=gradient, **flags, **tiling,
             enable_fp_fusion=False,  # whatever else a pass makes must not change how statistics are rounded
         )  # fmt: skip
-        return (out[:, :width], w if copied else weight[cols]) if gradient else None
+        return (out, w if copied else words_of(cols.start, cols.stop)) if gradient else None
 
     def finish(chunk, rows, sums):
         """Sums over all words to d logprob / d hidden, packed or in place."""
         n, targets, target_weight = len(sums), chunk.target_ids, chunk.target_weight
-        out, block_d = (direction[rows], direction_scale[rows]) if packed else (None, None), triton.next_power_of_2(D)
+        out = (direction[rows], direction_scale[rows]) if packed else (None, None)
+        block_d = triton.next_power_of_2(D)
         places = (None, logprobs[rows]) if kept is None else (kept.rows[rows], logprobs)
         parts = columns if copied else [slice(0, V)]
         for cols in parts:
@@ -265,7 +274,7 @@ def _forward(
             if gradient and N and left:  # fewer rows at a time leave space for more words
                 widest = min(left, weights.numel() // min(N, R) // COL_UNIT)
                 facts = {"D": D, "processors": processors, "gradient": True, "copied": copied}
-                width = width_of(triton.cdiv(min(N, R), ROW_UNIT), widest, left, **facts)[1] * COL_UNIT
+                width = width_of(triton.cdiv(min(N, R), ROW_UNIT), widest, left, **facts) * COL_UNIT
                 columns = columns[:1] + blocks(V, width, C)
         logprobs, entropies, stats, direction, direction_scale = allocate(hidden, N, entropy, gradient)
         if kept is not None:
@@ -283,7 +292,8 @@ def _forward(
                 (factors,) = (statistics(chunk, cols),) if ahead is None else ahead
                 ahead = None
                 if gradient:
-                    addmm_(sums, factors[0][:n], factors[1], beta=int(cols.start > 0))
+                    weights_of_rows = factors[0] if len(factors[0]) == n else factors[0][:n]
+                    addmm_(sums, weights_of_rows, factors[1], beta=int(cols.start > 0))
                 del factors  # before the next copy of words is made
             _merge_kernel[(triton.cdiv(n, 8),)](
                 partial, chunk.x_target, chunk.target_ids, None if kept is None else kept.rows, logprobs, entropies,

@@ -83,8 +83,8 @@ def forward_kept(
     """As ``logit_passes.forward_kept``."""
     rows = mask.nonzero()[:, 0]
     logprobs, entropies, *others = forward(
-        hidden.index_select(0, rows), weight, scales, quant_block, first_block, bias, target_ids.index_select(0, rows),
-        temperature, softcap, entropy, gradient, workspace,
+        hidden.index_select(0, rows), weight, scales, quant_block, first_block, bias,
+        target_ids.index_select(0, rows), temperature, softcap, entropy, gradient, workspace,
     )  # fmt: skip
     scattered = lambda values: values.new_zeros(len(mask)).index_copy_(0, rows, values)
     return (scattered(logprobs), scattered(entropies) if entropy else entropies, *others), rows

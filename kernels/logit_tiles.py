@@ -254,8 +254,8 @@ def _direction_kernel(
 ):  # fmt: skip
     """Row by row in place: total = sum 2^(x - reference) * slope * W becomes d logprob / d hidden.
 
-    FIRST does so; each launch also takes the tiles out of REACH of its words, those from first_col on, recomputed word
-    by word, from the rows that have any. Where packed is given, the result goes there (see _packed_row) instead.
+    FIRST does so; each launch also takes the tiles out of REACH of its words, those from first_col on, recomputed
+    word by word, from the rows that have any. Where packed is given, the result goes there (see _packed_row) instead.
 
     Recomputed logits sum in another order. A tile's own s says how much it weighs; they only say how that is shared.
     """
