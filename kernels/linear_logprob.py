@@ -216,10 +216,6 @@ class _LinearLogprob(torch.autograd.Function):
                 hidden, target_ids = hidden.index_select(0, rows), target_ids.index_select(0, rows)
             saved += hidden, None if ctx.quantized else weight, bias, target_ids, stats, entropy
         ctx.save_for_backward(*saved)
-        if rows is not None:
-            logprobs = logprobs.new_zeros(total).index_copy_(0, rows, logprobs)
-            if return_entropy:
-                entropy = entropy.new_zeros(total).index_copy_(0, rows, entropy)
         # torch.compile takes no None among the outputs: an entropy that nobody asked for is dropped by the caller.
         if not return_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -239,6 +235,7 @@ class _LinearLogprob(torch.autograd.Function):
         upstream = [grad for grad in (grad_logprobs, grad_entropy) if grad is not None]
         if rows is not None:
             upstream = [grad.index_select(0, rows) for grad in upstream]
+            entropy = entropy.index_select(0, rows) if with_entropy else entropy
         if grad_logprobs is None:
             upstream.insert(0, torch.zeros_like(stats[0]))
         stats = torch.cat((stats, entropy[None])) if with_entropy else stats

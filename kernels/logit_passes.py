@@ -19,9 +19,7 @@ from .logit_tiles import (
     _coefficients_kernel,
     _direction_kernel,
     _merge_kernel,
-    _pack_kernel,
     _reference_kernel,
-    _repair_kernel,
     _scale_rows_kernel,
     _stats_kernel,
 )
@@ -42,6 +40,8 @@ LARGE_CONFIG = FLOAT32_CONFIG | {
 }  # fmt: skip
 SMALL_CONFIG = LARGE_CONFIG | {"BLOCK_V": 128}
 TMA_CONFIG = LARGE_CONFIG | {"TMA": True, "FLATTEN": True}
+# Where no factor of the second matmul waits in shared memory, that holds a stage more; it changes no sum.
+VALUE_STAGES = 4
 HALF_CONFIG = {
     80: LARGE_CONFIG, 86: SMALL_CONFIG, 89: SMALL_CONFIG, 90: TMA_CONFIG, 100: LARGE_CONFIG, 120: SMALL_CONFIG
 }  # fmt: skip
@@ -80,6 +80,7 @@ def _tiling(config):
     return {key: value for key, value in config.items() if key not in ("FLATTEN", "programs")}
 
 
+@functools.cache
 def _processors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
@@ -145,7 +146,8 @@ def forward_kept(
     hidden, weight, scales, quant_block, first_block, bias, target_ids, mask, temperature, softcap, entropy, gradient,
     workspace,
 ):  # fmt: skip
-    """``forward`` of the rows where mask (N,) is True, and their indices (N',).
+    """``forward`` of the rows where mask (N,) is True, and their indices (N',); logprobs and entropies (N,) of all, 0
+    elsewhere.
 
     The device has the first chunk to do while the host learns N'; only then are the results allocated.
     """
@@ -183,7 +185,7 @@ def _forward(
         return allocate(hidden, N, entropy, gradient), target_ids
     how = {"entropy": entropy, "gradient": gradient, "packed": packed, "copied": copied}
     R, C = _chunks(hidden, V, config, workspace, **how)
-    height = min(N, R)
+    height, processors = min(N, R), _processors(hidden.device)
     new = functools.partial(hidden.new_empty, dtype=torch.float32)
     partial = new((3 if entropy else 2, triton.cdiv(V, config["BLOCK_V"]), R))
     scale, cap = LOG2E / temperature, softcap or 0.0
@@ -197,12 +199,14 @@ def _forward(
             sample = output_head.gather(head, words, dtype)
 
     tiling = _tiling(config) | {"FLATTEN": config["FLATTEN"], "EVEN_D": D % config["BLOCK_D"] == 0}
+    if config["TMA"] and not gradient:
+        tiling["num_stages"] = VALUE_STAGES
     if not copied:
         w_tiles = _operand(weight, config, "BLOCK_V", "BLOCK_D")
 
     def begin(h, targets, kept=None):
         """The reference of these rows, of which ``kept`` holds the number where the host does not know it yet."""
-        n, x_target = len(h), new(len(h)).fill_(float("nan"))
+        n, x_target = len(h), new(len(h))
         h_tiles, reference, target_weight = _operand(h, config, "BLOCK_M", "BLOCK_D"), None, None
         if gradient:
             reference, target_weight = torch.empty_like(x_target), weight
@@ -215,6 +219,19 @@ def _forward(
             )  # fmt: skip
         return _Begun(h, h_tiles, targets, x_target, reference, target_weight, kept)
 
+    # Views take the host as long as launches do: each is made once.
+    @functools.cache
+    def factor_of(n, width):
+        """Room for the second matmul's left factor (n, width): itself, as the kernels take it, and its row stride."""
+        stride = triton.cdiv(width, COL_UNIT) * COL_UNIT
+        out = weights[: n * stride].view(n, stride)
+        # Past the end of a chunk come zeros or values that no product reads, as far as a tile goes.
+        return out[:, :width], _operand(out, config, "BLOCK_M", "BLOCK_V"), stride
+
+    @functools.cache
+    def words_of(start, stop):
+        return weight[start:stop]
+
     def statistics(chunk, cols):
         """Logits of ``cols``; what the second matmul takes of them: 2^(x - reference) and the words' weights."""
         n, first_word, width = len(chunk.hidden), cols.start, cols.stop - cols.start
@@ -222,56 +239,52 @@ def _forward(
         if copied:
             w, first_word = output_head.rows(head, cols, dtype).to(dtype), 0
             tiles = _operand(w, config, "BLOCK_V", "BLOCK_D")
-        out, out_tiles = None, None
-        if gradient:
-            stride = triton.cdiv(width, COL_UNIT) * COL_UNIT
-            out = weights[: n * stride].view(n, stride)
-            # Past the end of a chunk come zeros or values that no product reads, as far as a tile goes.
-            out_tiles = _operand(out, config, "BLOCK_M", "BLOCK_V")
-        _stats_kernel[(_programs(config, n, width, hidden.device),)](
+        out, out_tiles, stride_out = factor_of(n, width) if gradient else (None, None, 0)
+        _stats_kernel[(_programs(config, n, width, processors),)](
             chunk.tiles, tiles, b, chunk.target_ids, chunk.reference, partial, chunk.x_target, out_tiles, chunk.kept,
             n, width, D, cols.start, first_word, *w.stride(), partial.stride(1), partial.stride(0),
-            out.stride(0) if gradient else 0, scale, cap, ENTROPY=entropy, WEIGHTS=gradient, **flags, **tiling,
+            stride_out, scale, cap, ENTROPY=entropy, WEIGHTS=gradient, **flags, **tiling,
             enable_fp_fusion=False,  # whatever else a pass makes must not change how statistics are rounded
         )  # fmt: skip
-        return (out[:, :width], w if copied else weight[cols]) if gradient else None
+        return (out, w if copied else words_of(cols.start, cols.stop)) if gradient else None
 
-    def finish(chunk, sums, m, log_s, logprobs, columns):
-        """Sums over all words to d logprob / d hidden, in place."""
+    def finish(chunk, rows, sums):
+        """Sums over all words to d logprob / d hidden, packed or in place."""
         n, targets, target_weight = len(sums), chunk.target_ids, chunk.target_weight
-        _direction_kernel[(n,)](
-            sums, target_weight, targets, chunk.x_target, chunk.reference, logprobs, m, log_s, D, V,
-            *target_weight.stride(), scale, cap, GATHERED=copied, HAS_SOFTCAP=softcap is not None, BLOCK_D=1024,
-            num_warps=4,
-        )  # fmt: skip
+        out = (direction[rows], direction_scale[rows]) if packed else (None, None)
         block_d = triton.next_power_of_2(D)
-        for cols in columns:
+        places = (None, logprobs[rows]) if kept is None else (kept.rows[rows], logprobs)
+        parts = columns if copied else [slice(0, V)]
+        for cols in parts:
             w, b = output_head.rows(head, cols, dtype).to(dtype), None if bias is None else bias[cols]
-            _repair_kernel[(n,)](
-                sums, chunk.hidden, w, b, targets, chunk.reference, partial, m, log_s, len(w), D, cols.start,
-                w.stride(0), w.stride(1), partial.stride(1), partial.stride(0), scale, cap, **flags,
-                BLOCK_V=config["BLOCK_V"], BLOCK_D=block_d, num_warps=8 if block_d > 2048 else 4,
+            _direction_kernel[(n,)](
+                sums, *(out if cols is parts[-1] else (None, None)), chunk.hidden, w, b, target_weight, targets,
+                chunk.x_target, chunk.reference, partial, *places, *stats[:, rows], D, V, len(w), cols.start,
+                *target_weight.stride(), *w.stride(), partial.stride(1), partial.stride(0), scale, cap,
+                GATHERED=copied, **flags, FIRST=cols is parts[0], BLOCK_V=config["BLOCK_V"], BLOCK_D=block_d,
+                num_warps=8 if block_d > 2048 else 4,
             )  # fmt: skip
             del w
 
     with _runtime.launch_on(hidden), torch.autocast(hidden.device.type, enabled=False):
-        columns, begun, factors = blocks(V, C), None, None
+        columns, kept, begun, ahead = blocks(V, C), None, None, None
         if mask is not None:
             kept = KeptRows(mask, R, ROW_UNIT)
             begun = begin(*kept.gather(hidden, target_ids, slice(0, height), known=False), kept.counts)
-            factors = statistics(begun, columns[0])
+            ahead = (statistics(begun, columns[0]),)
+            scattered = [hidden.new_zeros(N, dtype=torch.float32) for _ in range(2 if entropy else 1)]
             N, R = kept.wait()
             left = triton.cdiv(V - columns[0].stop, COL_UNIT)
             if gradient and N and left:  # fewer rows at a time leave space for more words
                 widest = min(left, weights.numel() // min(N, R) // COL_UNIT)
-                facts = {"D": D, "processors": _processors(hidden.device), "gradient": True, "copied": copied}
-                width = width_of(triton.cdiv(min(N, R), ROW_UNIT), widest, left, **facts)[1] * COL_UNIT
+                facts = {"D": D, "processors": processors, "gradient": True, "copied": copied}
+                width = width_of(triton.cdiv(min(N, R), ROW_UNIT), widest, left, **facts) * COL_UNIT
                 columns = columns[:1] + blocks(V, width, C)
-        outputs = logprobs, entropies, stats, direction, direction_scale = allocate(
-            hidden, N, entropy, gradient
-        )
+        logprobs, entropies, stats, direction, direction_scale = allocate(hidden, N, entropy, gradient)
+        if kept is not None:
+            logprobs, entropies = scattered if entropy else (*scattered, entropies)
         for rows in blocks(N, R):
-            if mask is None:
+            if kept is None:
                 begun = begin(hidden[rows], target_ids[rows])
             elif begun is None:
                 begun = begin(*kept.gather(hidden, target_ids, rows))
@@ -280,30 +293,28 @@ def _forward(
             if gradient:
                 sums = total[:n] if packed else direction[rows]
             for cols in columns:
-                if factors is None:
-                    factors = statistics(chunk, cols)
+                (factors,) = (statistics(chunk, cols),) if ahead is None else ahead
+                ahead = None
                 if gradient:
-                    addmm_(sums, factors[0][:n], factors[1], beta=int(cols.start > 0))
-                factors = None  # before the next copy of words is made
-            m, log_s = stats[:, rows]
-            _merge_kernel[(triton.cdiv(n, 16),)](
-                partial, chunk.x_target, logprobs, entropies, stats, n, partial.shape[1], rows.start,
-                partial.stride(1), partial.stride(0), stats.stride(0), ENTROPY=entropy, BLOCK_N=16, BLOCK_T=256,
-                num_warps=4, enable_fp_fusion=False,
+                    weights_of_rows = factors[0] if len(factors[0]) == n else factors[0][:n]
+                    addmm_(sums, weights_of_rows, factors[1], beta=int(cols.start > 0))
+                del factors  # before the next copy of words is made
+            _merge_kernel[(triton.cdiv(n, 8),)](
+                partial, chunk.x_target, chunk.target_ids, None if kept is None else kept.rows, logprobs, entropies,
+                stats, n, V, partial.shape[1], rows.start, partial.stride(1), partial.stride(0), stats.stride(0),
+                ENTROPY=entropy, BLOCK_N=8, BLOCK_T=1024, num_warps=8, enable_fp_fusion=False,
             )  # fmt: skip
             if gradient:
-                finish(chunk, sums, m, log_s, logprobs[rows], columns if copied else [slice(0, V)])
+                finish(chunk, rows, sums)
             del chunk  # before the next one is gathered
-            if packed:
-                out = direction[rows], direction_scale[rows]
-                _pack_kernel[(n,)](sums, *out, D, BLOCK_D=triton.next_power_of_2(D), num_warps=4)
-    return outputs, None if mask is None else kept.rows[:N]
+    outputs = logprobs, entropies, stats, direction, direction_scale
+    return outputs, None if kept is None else kept.rows[:N]
 
 
-def _programs(config, N, V, device):
+def _programs(config, N, V, processors):
     """How many programs share the tiles of N rows and V words."""
     tiles = triton.cdiv(N, config["BLOCK_M"]) * triton.cdiv(V, config["BLOCK_V"])
-    return min(tiles, _processors(device) * config["programs"])
+    return min(tiles, processors * config["programs"])
 
 
 def coefficients(hidden, weight, bias, target_ids, first_col, stats, upstream, temperature, softcap):

@@ -76,11 +76,18 @@ def forward(
     return outputs
 
 
-def forward_kept(hidden, weight, scales, quant_block, first_block, bias, target_ids, mask, *how):
-    """``forward`` of the rows where mask (N,) is True, and their indices (N',)."""
+def forward_kept(
+    hidden, weight, scales, quant_block, first_block, bias, target_ids, mask, temperature, softcap, entropy, gradient,
+    workspace,
+):  # fmt: skip
+    """As ``logit_passes.forward_kept``."""
     rows = mask.nonzero()[:, 0]
-    hidden, target_ids = hidden.index_select(0, rows), target_ids.index_select(0, rows)
-    return forward(hidden, weight, scales, quant_block, first_block, bias, target_ids, *how), rows
+    logprobs, entropies, *others = forward(
+        hidden.index_select(0, rows), weight, scales, quant_block, first_block, bias,
+        target_ids.index_select(0, rows), temperature, softcap, entropy, gradient, workspace,
+    )  # fmt: skip
+    scattered = lambda values: values.new_zeros(len(mask)).index_copy_(0, rows, values)
+    return (scattered(logprobs), scattered(entropies) if entropy else entropies, *others), rows
 
 
 def coefficients(hidden, weight, bias, target_ids, first_col, stats, upstream, temperature, softcap):

@@ -155,12 +155,16 @@ def _stats_kernel(
                 tl.store(out_ptrs, e.to(weights_out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "tiles", "first_row"])
+@triton.jit(do_not_specialize=["N", "V", "tiles", "first_row"])
 def _merge_kernel(
-    partial_ptr, x_target_ptr, logprob_ptr, entropy_ptr, stats_ptr, N, tiles, first_row, stride_tile, stride_plane,
-    stride_stats, ENTROPY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    partial_ptr, x_target_ptr, target_ptr, rows_ptr, logprob_ptr, entropy_ptr, stats_ptr, N, V, tiles, first_row,
+    stride_tile, stride_plane, stride_stats, ENTROPY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Merge the tiles of each row in one fixed order; m and log2 s to stats (2, .), all from first_row on."""
+    """Merge the tiles of each row in one fixed order; m and log2 s to stats (2, .), from first_row on.
+
+    Log-prob and entropy go to the same places or, where rows is given, to those that it names. A target outside the
+    vocabulary has log-prob NaN: no tile has written its x.
+    """
     rows, index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_T)
     m = tl.full((BLOCK_N,), LOWEST, tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
@@ -180,11 +184,15 @@ def _merge_kernel(
         m = top
     log_s = tl.log2(s)
     mask = rows < N
-    x_target = tl.load(x_target_ptr + rows, mask=mask, other=0.0)
+    target = tl.load(target_ptr + rows, mask=mask, other=-1)
+    known = (target >= 0) & (target < V)
+    x_target = tl.load(x_target_ptr + rows, mask=known, other=float("nan"))
     out = first_row + rows
-    tl.store(logprob_ptr + out, ((x_target - m) - log_s) * LN2, mask=mask)
     tl.store(stats_ptr + out, m, mask=mask)
     tl.store(stats_ptr + stride_stats + out, log_s, mask=mask)
+    if rows_ptr is not None:
+        out = tl.load(rows_ptr + out, mask=mask, other=0)
+    tl.store(logprob_ptr + out, ((x_target - m) - log_s) * LN2, mask=mask)
     if ENTROPY:
         tl.store(entropy_ptr + out, (log_s - t / s) * LN2, mask=mask)
 
@@ -236,53 +244,47 @@ def _known_targets(target_ptrs, mask, V):
     return tl.minimum(tl.maximum(target, 0), V - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words", "first_col"])
 def _direction_kernel(
-    total_ptr, target_weight_ptr, target_ptr, x_target_ptr, reference_ptr, logprob_ptr, m_ptr, log_s_ptr,
-    D, V, stride_tv, stride_td, scale, softcap, GATHERED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    total_ptr, packed_ptr, packed_scale_ptr, hidden_ptr, weight_ptr, bias_ptr, target_weight_ptr, target_ptr,
+    x_target_ptr, reference_ptr, partial_ptr, rows_ptr, logprob_ptr, m_ptr, log_s_ptr,
+    D, V, words, first_col, stride_tv, stride_td, stride_wv, stride_wd, stride_tile, stride_plane, scale, softcap,
+    GATHERED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, FIRST: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Row by row in place: total = sum 2^(x - reference) * slope * W becomes d logprob / d hidden."""
-    row = tl.program_id(0).to(tl.int64)
-    m, log_s = tl.load(m_ptr + row), tl.load(log_s_ptr + row)
-    own = _one_minus_exp(tl.load(logprob_ptr + row)) * (scale * LN2)
-    others = tl.exp2((tl.load(reference_ptr + row) - m) - log_s) * (scale * LN2)
-    if HAS_SOFTCAP:
-        own *= _slope(tl.load(x_target_ptr + row), scale, softcap)
-    if GATHERED:
-        target_weight_ptr += row * stride_tv
-    else:
-        target_weight_ptr += _known_targets(target_ptr + row, True, V) * stride_tv
-    for start in range(0, D, BLOCK_D):
-        dims = start + tl.arange(0, BLOCK_D)
-        total = tl.load(total_ptr + row * D + dims, mask=dims < D, other=0.0)
-        target_weight = tl.load(target_weight_ptr + dims * stride_td, mask=dims < D, other=0.0).to(tl.float32)
-        tl.store(total_ptr + row * D + dims, own * target_weight - others * total, mask=dims < D)
+    """Row by row in place: total = sum 2^(x - reference) * slope * W becomes d logprob / d hidden.
 
-
-@triton.jit(do_not_specialize=["V", "first_col"])
-def _repair_kernel(
-    direction_ptr, hidden_ptr, weight_ptr, bias_ptr, target_ptr, reference_ptr, partial_ptr, m_ptr, log_s_ptr,
-    V, D, first_col, stride_wv, stride_wd, stride_tile, stride_plane, scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Take the tiles out of REACH, recomputed word by word, from the rows that have any; other rows exit at once.
+    FIRST does so; each launch also takes the tiles out of REACH of its words, those from first_col on, recomputed
+    word by word, from the rows that have any. Where packed is given, the result goes there (see _packed_row) instead.
 
     Recomputed logits sum in another order. A tile's own s says how much it weighs; they only say how that is shared.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row, dims = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     m, log_s, reference = tl.load(m_ptr + row), tl.load(log_s_ptr + row), tl.load(reference_ptr + row)
+    direction = tl.load(total_ptr + row * D + dims, mask=dims < D, other=0.0)
+    if FIRST:
+        place = row
+        if rows_ptr is not None:
+            place = tl.load(rows_ptr + row)
+        own = _one_minus_exp(tl.load(logprob_ptr + place)) * (scale * LN2)
+        if HAS_SOFTCAP:
+            own *= _slope(tl.load(x_target_ptr + row), scale, softcap)
+        target_row = row
+        if not GATHERED:
+            target_row = _known_targets(target_ptr + row, True, V)
+        target_ptrs = target_weight_ptr + target_row * stride_tv + dims * stride_td
+        target_weight = tl.load(target_ptrs, mask=dims < D, other=0.0).to(tl.float32)
+        others = tl.exp2((reference - m) - log_s) * (scale * LN2)
+        direction = own * target_weight - others * direction
     if m - reference >= REACH:
         target = tl.load(target_ptr + row) - first_col
-        dims = tl.arange(0, BLOCK_D)
         h = tl.load(hidden_ptr + row * D + dims, mask=dims < D, other=0.0).to(tl.float32)
-        direction = tl.load(direction_ptr + row * D + dims, mask=dims < D, other=0.0)
-        for tile in range(0, tl.cdiv(V, BLOCK_V)):
+        for tile in range(0, tl.cdiv(words, BLOCK_V)):
             tile_ptr = partial_ptr + (first_col // BLOCK_V + tile).to(tl.int64) * stride_tile + row
             top = tl.load(tile_ptr)
             if (top - reference >= REACH) & ((top - m) - log_s > NEGLIGIBLE):
                 total, mass = tl.zeros((BLOCK_D,), tl.float32), 0.0
-                for col in range(tile * BLOCK_V, tl.minimum((tile + 1) * BLOCK_V, V)):
+                for col in range(tile * BLOCK_V, tl.minimum((tile + 1) * BLOCK_V, words)):
                     w_ptrs = weight_ptr + tl.cast(col, tl.int64) * stride_wv + dims * stride_wd
                     w = tl.load(w_ptrs, mask=dims < D, other=0.0).to(tl.float32)
                     x = tl.sum(h * w, 0)
@@ -298,19 +300,21 @@ def _repair_kernel(
                     total += tl.where(col == target, 0.0, e) * w
                 share = tl.load(tile_ptr + stride_plane) * tl.exp2((top - m) - log_s) / mass
                 direction -= total * (share * scale * LN2)
-        tl.store(direction_ptr + row * D + dims, direction, mask=dims < D)
+    if packed_ptr is not None:
+        packed, packed_scale = _packed_row(direction)
+        tl.store(packed_ptr + row * D + dims, packed, mask=dims < D)
+        tl.store(packed_scale_ptr + row, packed_scale)
+    else:
+        tl.store(total_ptr + row * D + dims, direction, mask=dims < D)
 
 
 @triton.jit
-def _pack_kernel(direction_ptr, packed_ptr, scale_ptr, D, BLOCK_D: tl.constexpr):
-    """A float32 row to float16 and a power of two that fills its range: 11 exact bits, 3 more than bfloat16."""
-    row, dims = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
-    direction = tl.load(direction_ptr + row * D + dims, mask=dims < D, other=0.0)
+def _packed_row(direction):
+    """A float32 row as float16 and a power of two that fills its range: 11 exact bits, 3 more than bfloat16."""
     peak = tl.max(tl.abs(direction), 0)
     power = (peak.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     scale = tl.where(power > 1.0e-30, power * 2.0**-14, 2.0**-114)
-    tl.store(packed_ptr + row * D + dims, (direction / scale).to(tl.float16), mask=dims < D)
-    tl.store(scale_ptr + row, scale)
+    return (direction / scale).to(tl.float16), scale
 
 
 @triton.jit
