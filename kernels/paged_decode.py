@@ -17,10 +17,10 @@ keys w KEYS .. w KEYS + KEYS - 1 of its split, and the warps' parts are added in
 With ``cos`` and ``sin`` q and k are rotated in registers, rounded as ``rotary`` rounds them, and the cache gets the
 rotated key. The last token's key and value are taken from the arguments, so nothing waits for their store.
 
-Neighbouring sequences, up to FAMILY, whose tables name the same blocks for a full split are found on the device; one
-program then reads the split once for all of them, as many in one turn as the products have rows for. Up to SHORT
-splits further turns would take longer than other programs' reading, and a family is one turn. The arithmetic of a row
-is the same, bit for bit.
+Where a call has work for several rounds of a full card (``shares``), sequences 2 i and 2 i + 1 are compared on the
+device: a full split for which their tables name the same blocks is read once for both, by their programs in turn. Two
+have room in one product; a further product would take as long as another program's, whose reads the cache serves. The
+arithmetic of a row is the same, bit for bit.
 
 A step waits for a chain of loads: length and table, keys, queries. Where the caller vouches for all but q, k and v
 (``early``; ``append_attention`` says when it may) the chain runs up to the keys while the kernel that makes q still
@@ -45,10 +45,6 @@ from .paged_merge import _merge_kernel
 from .rotary import turn
 
 PROGRAMS = 528  # programs that fill a card
-FAMILY = 8  # neighbouring sequences that may share the reading of a split of a long context
-SHORT = (
-    8  # splits of a context up to which only those share it that a tile has room for: turns would take longer
-)
 EARLY_ROWS = 512  # more queries come from a library's kernel, which lets nothing start before its end
 MERGE_WARPS = 8  # of a program of the merge, which has a warp for each two query heads
 WORKSPACE = 64 * 2**20  # bytes of workspace, unless one sequence needs more
@@ -72,10 +68,10 @@ def _wait_and_release():
 @triton.jit
 def _tables(
     table, sequence, sequences, split, width, table_row,
-    PAGE_BITS: tl.constexpr, WARPS: tl.constexpr, KEYS: tl.constexpr, FAMILY: tl.constexpr,
+    PAGE_BITS: tl.constexpr, WARPS: tl.constexpr, KEYS: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of a split's keys, 8 keys each (WARPS, KEYS // 8), and of its family, a page each: (FAMILY, pages) of
-    the members and of the sequence before each. What stands beyond a context may be anything.
+    """Blocks of a split's keys, 8 keys each (WARPS, KEYS // 8); with SHARE also a page each, of the sequence and of
+    its neighbour. What stands beyond a context may be anything.
     """
     PAGE: tl.constexpr = 1 << PAGE_BITS
     SPLIT: tl.constexpr = WARPS * KEYS
@@ -83,30 +79,13 @@ def _tables(
     at = split * (SPLIT // 8) + tl.arange(0, WARPS)[:, None] * (KEYS // 8) + tl.arange(0, KEYS // 8)[None, :]
     at = at >> (PAGE_BITS - 3)
     blocks = tl.load(table + sequence * table_row + at, mask=at < width, other=0)
-    own, earlier = blocks, blocks
-    if FAMILY > 1:
-        base = sequence // FAMILY * FAMILY
-        i = (base + tl.arange(0, FAMILY))[:, None]
-        at = (split * SPLIT // PAGE + tl.arange(0, PAGES))[None, :]
-        there = (i < sequences) & (at < width)
-        own = tl.load(table + i * table_row + at, mask=there, other=0)
-        earlier = tl.load(table + tl.maximum(i - 1, base) * table_row + at, mask=there, other=0)
-    return blocks, own, earlier
-
-
-@triton.jit
-def _family(own, earlier, lens, lens_earlier, sequence, split, SPLIT: tl.constexpr, FAMILY: tl.constexpr):
-    """How many sequences from this one on have this split, full, in the same blocks; 0: an earlier one speaks for it.
-
-    None across a multiple of FAMILY, whose sequences have ``lens``; each has ``lens_earlier`` before it.
-    """
-    member, base = tl.arange(0, FAMILY), sequence // FAMILY * FAMILY
-    full = tl.minimum(lens, lens_earlier) > (split + 1) * SPLIT
-    joined = full & (member > 0) & (tl.max((own != earlier).to(tl.int32), 1) == 0)
-    place = sequence - base
-    led = tl.max(((member == place) & joined).to(tl.int32), 0)
-    stop = tl.min(tl.where((member > place) & (joined == 0), member, FAMILY), 0)
-    return tl.where(led > 0, 0, stop - place)
+    own, other = blocks, blocks
+    if SHARE:
+        at = split * SPLIT // PAGE + tl.arange(0, PAGES)
+        own = tl.load(table + sequence * table_row + at, mask=at < width, other=0)
+        there = (at < width) & ((sequence ^ 1) < sequences)
+        other = tl.load(table + (sequence ^ 1) * table_row + at, mask=there, other=0)
+    return blocks, own, other
 
 
 @triton.jit
@@ -197,7 +176,7 @@ def _parts_kernel(
     angle_token,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
     V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    PAGE: tl.constexpr, PAGE_BITS: tl.constexpr, WARPS: tl.constexpr, KEYS: tl.constexpr, FAMILY: tl.constexpr,
+    PAGE: tl.constexpr, PAGE_BITS: tl.constexpr, WARPS: tl.constexpr, KEYS: tl.constexpr, SHARE: tl.constexpr,
     ROWS: tl.constexpr, SEAT: tl.constexpr, CHUNKS: tl.constexpr, LANES_FIRST: tl.constexpr, EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +186,6 @@ def _parts_kernel(
     """
     SPLIT: tl.constexpr = WARPS * KEYS
     HALF: tl.constexpr = (D + 1) // 2
-    TOGETHER: tl.constexpr = ROWS // SEAT if FAMILY > 1 else 1
     sequence, kv_head, program = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     # Dimensions of a load: lanes (t of 4, g of 8), warps (w), groups of 8 keys (j), ..., runs of 8 values (i). Lanes
     # come first because that is how the compiler deals a tile out: it is then what tensor cores want.
@@ -219,36 +197,36 @@ def _parts_kernel(
         _wait_and_release()
     # All that leads to the first keys is asked for at once; what leads to the next, while those are multiplied.
     last = tl.load(context_lens + sequence) - 1
-    blocks, own, earlier = _tables(
-        block_table, sequence, sequences, program, width, table_row, PAGE_BITS, WARPS, KEYS, FAMILY
+    blocks, own, other = _tables(
+        block_table, sequence, sequences, program, width, table_row, PAGE_BITS, WARPS, KEYS, SHARE
     )
-    lens, lens_earlier = last, last
-    if FAMILY > 1:
-        eldest = sequence // FAMILY * FAMILY
-        members = eldest + tl.arange(0, FAMILY)
-        lens = tl.load(context_lens + members, mask=members < sequences, other=0)
-        others = tl.maximum(members - 1, eldest)
-        lens_earlier = tl.load(context_lens + others, mask=members < sequences, other=0)
+    both = last
+    if SHARE:
+        neighbour = sequence ^ 1
+        both = tl.minimum(last, tl.load(context_lens + neighbour, mask=neighbour < sequences, other=0) - 1)
     k_cache = place(k_cache, addresses, 0) + kv_head * K_HEAD
     v_cache = place(v_cache, addresses, 1) + kv_head * V_HEAD
     if k_scales is not None:
         k_scales = place(k_scales, addresses, 2) + kv_head * scale_head
         v_scales = place(v_scales, addresses, 3) + kv_head * scale_head
     for split in range(program, tl.cdiv(last, SPLIT), tl.num_programs(2)):
-        count = tl.full([], 1, tl.int64)
-        if FAMILY > 1:
-            count = _family(own, earlier, lens, lens_earlier, sequence, split, SPLIT, FAMILY)
+        # Of a pair's programs that have the same splits one takes the even rounds, the other the odd.
+        owner, inside, mine = sequence + 0 * row, row < GROUP, True
+        if SHARE:
+            shared = (both >= (split + 1) * SPLIT) & (tl.max((own != other).to(tl.int32), 0) == 0)
+            owner = tl.where(shared, (sequence >> 1 << 1) + row // SEAT, sequence)
+            inside = (row % SEAT < GROUP) & (shared | (row < SEAT))
+            mine = (shared == 0) | ((split + split // tl.num_programs(2)) % 2 == sequence % 2)
         page = blocks.to(tl.int64)
-        blocks, own, earlier = _tables(
+        blocks, own, other = _tables(
             block_table, sequence, sequences, split + tl.num_programs(2), width, table_row, PAGE_BITS, WARPS,
-            KEYS, FAMILY,
+            KEYS, SHARE,
         )  # fmt: skip
-        if count > 0:
-            inside = (row // SEAT < count) & (row % SEAT < GROUP)
-            # Queries of one turn come ahead of the keys, which take their time, or when they may be read.
-            if not EARLY and FAMILY <= TOGETHER:
+        if mine:
+            # Queries come ahead of the keys, which take their time, or when they may be read.
+            if not EARLY:
                 rows = _load_queries(
-                    q, cos, sin, sequence + row // SEAT, head, inside, angle_token, Q_TOKEN, Q_HEAD, D, CHUNKS
+                    q, cos, sin, owner, head, inside, angle_token, Q_TOKEN, Q_HEAD, D, CHUNKS
                 )
             base = split * SPLIT + w * KEYS + 8 * j  # (w, j): the first of 8 keys
             inner = base & (PAGE - 1)
@@ -277,39 +255,41 @@ def _parts_kernel(
             if PDL and EARLY:
                 _wait_and_release()
             keys, values = keys.to(q.dtype.element_ty), values.to(q.dtype.element_ty)
-            for first in tl.range(0, count, TOGETHER, num_stages=1):
-                owner = sequence + first + row // SEAT
-                if EARLY or FAMILY > TOGETHER:
-                    inside = (first + row // SEAT < count) & (row % SEAT < GROUP)
-                    rows = _load_queries(
-                        q, cos, sin, owner, head, inside, angle_token, Q_TOKEN, Q_HEAD, D, CHUNKS
-                    )
-                queries = _rotated(rows, cos is not None, ROWS, CHUNKS, keys.dtype)
-                queries = queries.broadcast_to(WARPS, ROWS, 64 * CHUNKS)
-                scores = tl.dot(queries, keys, input_precision="ieee") * scale_log2
-                if k_scales is not None:
-                    scores *= k_scale
-                n = split * SPLIT + (tl.arange(0, WARPS) * KEYS)[:, None, None] + tl.arange(0, KEYS)
-                scores = tl.where(n < last, scores, float("-inf"))
-                m = tl.max(tl.max(scores, 2), 0)
-                p = tl.exp2(scores - m[None, :, None])
-                l = tl.sum(tl.sum(p, 2), 0)
-                if k_scales is not None:
-                    p *= v_scale
-                part = tl.dot(p.to(keys.dtype), values, input_precision="ieee")
-                if k_scales is not None:
-                    part *= largest
-                part = _over_warps(part, WARPS, ROWS, 64 * CHUNKS)
-                slot = (owner * heads + head) * slots + split
-                tl.store(stats + slot * 2, m, mask=inside)
-                tl.store(stats + slot * 2 + 1, l, mask=inside)
-                x = tl.arange(0, 64 * CHUNKS)
-                d = x // 64 * 64 + x % 8 * 8 + x % 64 // 8
-                tl.store(
-                    partial + slot[:, None] * D + d[None, :], part, mask=inside[:, None] & (d < D)[None, :]
+            if EARLY:
+                rows = _load_queries(
+                    q, cos, sin, owner, head, inside, angle_token, Q_TOKEN, Q_HEAD, D, CHUNKS
                 )
+            queries = _rotated(rows, cos is not None, ROWS, CHUNKS, keys.dtype)
+            queries = queries.broadcast_to(WARPS, ROWS, 64 * CHUNKS)
+            scores = tl.dot(queries, keys, input_precision="ieee") * scale_log2
+            if k_scales is not None:
+                scores *= k_scale
+            n = split * SPLIT + (tl.arange(0, WARPS) * KEYS)[:, None, None] + tl.arange(0, KEYS)
+            scores = tl.where(n < last, scores, float("-inf"))
+            m = tl.max(tl.max(scores, 2), 0)
+            p = tl.exp2(scores - m[None, :, None])
+            l = tl.sum(tl.sum(p, 2), 0)
+            if k_scales is not None:
+                p *= v_scale
+            part = tl.dot(p.to(keys.dtype), values, input_precision="ieee")
+            if k_scales is not None:
+                part *= largest
+            part = _over_warps(part, WARPS, ROWS, 64 * CHUNKS)
+            slot = (owner * heads + head) * slots + split
+            tl.store(stats + slot * 2, m, mask=inside)
+            tl.store(stats + slot * 2 + 1, l, mask=inside)
+            x = tl.arange(0, 64 * CHUNKS)
+            d = x // 64 * 64 + x % 8 * 8 + x % 64 // 8
+            tl.store(partial + slot[:, None] * D + d[None, :], part, mask=inside[:, None] & (d < D)[None, :])
     if PDL and EARLY and program == 0:  # somebody must wait, so that this kernel ends after the one before
         _wait_and_release()
+
+
+def shares(pairs, splits):
+    """Whether ``pairs`` of a sequence and a key head, ``splits`` each, are worth comparing: they are where reading
+    less saves rounds of programs, and not where all of them run at once anyway.
+    """
+    return 2 * pairs >= PROGRAMS or pairs * splits >= 4 * PROGRAMS
 
 
 def head_block(q):
@@ -351,7 +331,6 @@ def paged_decode(
     splits = triton.cdiv(table.shape[1] * page, split)
     rows = triton.next_power_of_2(group)
     tile, seat = (max(least, rows) for least in (16, 8))
-    family = FAMILY if splits > SHORT else min(FAMILY, tile // seat)
     programs = max(1, min(splits, triton.cdiv(PROGRAMS, tokens * kv_heads)))
     chunk = min(tokens, max(1, WORKSPACE // (4 * heads * max(1, splits) * (dim + 2))))
     partial = torch.empty(chunk * heads * splits * dim, dtype=torch.float32, device=q.device)
@@ -368,7 +347,7 @@ def paged_decode(
                 k_cache.stride(0), v_cache.stride(0), *scale_strides(k_scales), angle_stride, *q_strides,
                 *k_cache.stride()[1:3], *v_cache.stride()[1:3],
                 GROUP=group, D=dim, PAGE=page, PAGE_BITS=page.bit_length() - 1, WARPS=warps,
-                KEYS=keys, FAMILY=family, ROWS=tile, SEAT=seat,
+                KEYS=keys, SHARE=2 * seat <= tile and shares(tokens * kv_heads, splits), ROWS=tile, SEAT=seat,
                 CHUNKS=triton.next_power_of_2(triton.cdiv(dim, 64)),
                 LANES_FIRST=LANES_FIRST, EARLY=early and tokens <= EARLY_ROWS,
                 num_warps=warps, num_stages=1, **launch,

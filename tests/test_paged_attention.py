@@ -66,6 +66,11 @@ def assert_correct(q, k_cache, v_cache, table, lens, **options):
     return ours
 
 
+def assert_same(ours, expected):
+    """Bit for bit, but where the interpreter multiplies with numpy, which rounds a row by its place in a tile."""
+    torch.testing.assert_close(ours, expected, rtol=0, atol=4 * EPS[ours.dtype] if INTERPRET else 0)
+
+
 @st.composite
 def batches(draw):
     """Contexts of 0 to 290 tokens (over one split), each with its number of trailing queries."""
@@ -281,9 +286,33 @@ def test_sharing_the_reading_of_blocks_changes_no_bit(groups, heads, dtype, seed
             copy[apart[i, :count]] = cache[table[i, :count]]
     q, _ = queries([1] * len(contexts), heads[0] * heads[1], 16, dtype=dtype, seed=seed)
     expected = assert_correct(q, *copies, apart, lens)
-    for family, short, programs in ((1, 8, 1), (8, 0, 10**6), (8, 8, 8), (2, 0, 8)):
-        with mock.patch.multiple(decode, FAMILY=family, SHORT=short, PROGRAMS=programs):
-            assert torch.equal(paged_attention(q, *caches, table, lens), expected)
+    for shared, programs in ((False, 1), (True, 1), (True, 8), (True, 10**6)):
+        with mock.patch.multiple(decode, shares=lambda *_, shared=shared: shared, PROGRAMS=programs):
+            assert_same(paged_attention(q, *caches, table, lens), expected)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="interprets the kernels; test_gpu_sharing_... runs them")
+@pytest.mark.parametrize("kv_heads, group", [(2, 3), (1, 9)])
+def test_pairs_share_full_splits_in_the_same_blocks(kv_heads, group):
+    """Pairs that share one split or two, one block less, or one token less; a last sequence without a neighbour."""
+    contexts = [300, 260, 270, 258, 257, 256, 400, 400, 129, 128, 300]
+    *caches, table, lens = paged(contexts, kv_heads, 16, dtype=torch.float32, spare=3)
+    for i, other, count in ((1, 0, 16), (2, 1, 16), (3, 2, 8), (5, 4, 15), (7, 6, 16), (9, 8, 8), (10, 9, 7)):
+        table[i, :count] = table[other, :count]
+    table[7, 3] = table[10, 9]  # one block of another sequence
+    q, _ = queries([1] * len(contexts), kv_heads * group, 16, dtype=torch.float32)
+    with mock.patch.object(decode, "shares", lambda *_: False):
+        expected = assert_correct(q, *caches, table, lens)
+    for programs in (1, 3 * kv_heads * len(contexts), 10**6):
+        with mock.patch.multiple(decode, shares=lambda *_: True, PROGRAMS=programs):
+            assert_same(paged_attention(q, *caches, table, lens), expected)
+
+
+@pytest.mark.parametrize("sequences, tokens, worth", [
+    (8, 256, False), (8, 4096, False), (64, 256, False), (64, 1024, False), (64, 2304, True), (256, 256, True),
+])  # fmt: skip
+def test_pairs_are_compared_where_the_card_is_full_anyway(sequences, tokens, worth):
+    assert decode.shares(2 * sequences, tokens // 128) is worth
 
 
 def test_caches_may_move(device):
@@ -543,10 +572,10 @@ def test_gpu_sharing_the_reading_of_blocks_changes_no_bit(heads, kv_heads, dim):
             table[i, :count] = table[longest, :count]
         begin += members
     q = queries([1] * len(contexts), heads, dim, dtype=torch.bfloat16, device="cuda")[0]
-    with mock.patch.object(decode, "FAMILY", 1):
+    with mock.patch.object(decode, "shares", lambda *_: False):
         expected = assert_correct(q, *caches, table, lens)
-    for programs, short in ((1, 0), (10**6, 0), (10**6, 8)):
-        with mock.patch.multiple(decode, PROGRAMS=programs, SHORT=short):
+    for programs in (1, 300, 10**6):
+        with mock.patch.multiple(decode, shares=lambda *_: True, PROGRAMS=programs):
             assert torch.equal(paged_attention(q, *caches, table, lens), expected)
 
 
