@@ -1,11 +1,15 @@
 """From logits to tokens: filters, counter-based noise, and the log-probability of what was drawn."""
 
 import math
+import sys
 from dataclasses import dataclass, field
 
 import torch
 
-from ..kernels import sample_tokens
+from ..kernels import sample_from_head, sample_tokens
+
+LOGIT_BYTES = 80 * 2**20  # logits that exist at once on a GPU where draws need all of a row's
+SLICE_BYTES = 40 * 2**20  # and where they do not: more are made by slices of the vocabulary
 
 
 @dataclass(frozen=True)
@@ -111,3 +115,68 @@ def sample(logits, rows, noise, params, *, seen=None, bias=None, banned=None):
     else:
         tokens, _ = sample_tokens(choice, rows, params.temperature, **noise)
     return tokens, logprobs[rows, tokens], kept
+
+
+class TokenSampler:
+    """Draws tokens by ``SamplingParams``; what may differ between two of equal ``key`` stands in tensors."""
+
+    def __init__(self, vocab_size, device):
+        self.stops = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        self.bias = torch.zeros(vocab_size, device=device)
+        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self.params = None
+        # The CPU takes all rows at once: rows that share a computation are drawn together.
+        self.most_rows = self.most_whole = sys.maxsize
+        if self.stops.is_cuda:
+            self.most_whole = SLICE_BYTES // (4 * vocab_size)
+            self.most_rows = 1 << max(0, (LOGIT_BYTES // (4 * vocab_size)).bit_length() - 1)
+
+    def set(self, params, stop_ids):
+        """params: ``SamplingParams``; stop_ids: the tokens that end a completion."""
+        self.params = params
+        self.stop_ids = sorted(stop_ids)
+        self.seed.fill_((params.seed + 2**63) % 2**64 - 2**63)
+        self.stops.zero_()
+        if self.stop_ids:
+            self.stops[torch.tensor(self.stop_ids, device=self.stops.device)] = True
+        if params.logit_bias:
+            self.bias.zero_()
+            ids = torch.tensor(list(params.logit_bias), device=self.bias.device)
+            self.bias[ids] = torch.tensor(list(params.logit_bias.values()), device=ids.device).to(self.bias)
+        self.min_tokens = params.min_tokens if self.stop_ids else 0
+
+    @property
+    def plain(self):
+        """Whether tokens are drawn from the logits as the model gives them."""
+        p = self.params
+        filtered = p.filters and p.temperature > 0
+        return not (filtered or p.logit_bias or self.min_tokens or p.repetition_penalty != 1)
+
+    @property
+    def key(self):
+        """What of the parameters is fixed in a captured step."""
+        p = self.params
+        return (
+            p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty, bool(p.logit_bias), self.min_tokens,
+        )  # fmt: skip
+
+    def __call__(self, logits, rows, members, counts, seen=None):
+        """Draw from logits (R, V) float32: (tokens, logprobs, kept or None), each (B,).
+
+        rows (B,) int64 names the row of each draw; members (2, B) int64: prompt and group index; counts (B,) int64:
+        tokens generated so far, equal for draws from one row; seen (R, V) bool: for the repetition penalty.
+        """
+        banned = None
+        if self.min_tokens:
+            early = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+            banned = early.index_put_((rows,), counts < self.min_tokens)[:, None] & self.stops
+        bias = self.bias if self.params.logit_bias else None
+        noise = self.seed, *members, counts
+        return sample(logits, rows, noise, self.params, seen=seen, bias=bias, banned=banned)
+
+    def from_head(self, hidden_states, head, members, counts):
+        """As ``__call__`` where ``plain``, tokens and logprobs of hidden states (B, D): the logits come in slices."""
+        noise = None if self.params.temperature == 0 else (self.seed, *members, counts)
+        return sample_from_head(
+            hidden_states, head, self.params.temperature, keys=noise, slice_bytes=SLICE_BYTES
+        )

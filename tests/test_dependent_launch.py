@@ -1,7 +1,9 @@
 """Kernels that start early must wait before they touch memory; cards without the feature must compile without it."""
 
+import importlib
 import os
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -9,12 +11,12 @@ from cross_compile import every_card, recorded_launches
 from nanogrpo.kernels.decode_rows import _advance_triton
 from nanogrpo.kernels.dependent_launch import MIN_ARCH
 from nanogrpo.kernels.kv_store import _store_kv_triton
-from nanogrpo.kernels.paged_decode import paged_decode
 from nanogrpo.kernels.rms_norm import _rms_norm_triton
 from nanogrpo.kernels.rotary import _rotary_triton
 from nanogrpo.kernels.swiglu import _swiglu_triton
 from nanogrpo.kernels.token_sampling import _sample_tokens_triton
 
+decode = importlib.import_module("nanogrpo.kernels.paged_decode")
 TOUCH = re.compile(r"\b(ld|st|atom|red|cp\.async)\S*\.(global|shared\.global)")
 REGISTER = re.compile(r"%[a-z]+\d+")
 TABLES = {"context_lens", "block_table", "addresses", "k_cache", "v_cache"}
@@ -58,11 +60,14 @@ def decode_step(dtype=torch.bfloat16):
     _rotary_triton(q, k, angles, angles, False)
     _swiglu_triton(x)
     _store_kv_triton(k, k, *caches, slots, None, None, None)
-    for width in (1, 64):
-        table = torch.zeros(3, width, dtype=torch.int32)
-        for early in (False, True):
-            paged_decode(q, k, k, angles, angles, *caches, None, None, table, lens, 0.1, None, early)
-        paged_decode(q, *(None,) * 4, *caches, None, None, table, lens, 0.1, None)
+    table = torch.zeros(3, 16, dtype=torch.int32)
+    for shared in (False, True):
+        with mock.patch.object(decode, "shares", lambda *_, shared=shared: shared):
+            for early in (False, True):
+                decode.paged_decode(
+                    q, k, k, angles, angles, *caches, None, None, table, lens, 0.1, None, early
+                )
+            decode.paged_decode(q, *(None,) * 4, *caches, None, None, table, lens, 0.1, None)
     logits, rows = torch.zeros(3, 5000), torch.arange(3)
     for keys, temperature in (([rows] * 4, 1.0), ([], 0.0)):
         _sample_tokens_triton(logits, rows, None, keys, temperature)

@@ -503,19 +503,20 @@ def test_float32_kernels_fit_the_smallest_card(dim):
 
 
 def assert_all_compile(cc, dim, dtype, codes):
-    """``settled`` decode of few blocks, the usual one, prefill and the store."""
+    """Decode, ``settled`` decode with and without sharing, prefill and the store."""
     *caches, table, lens = paged([300, 5], 2, dim, dtype=dtype)
     q, cu_seqlens = queries([3, 5], 6, dim, dtype=dtype)
     addresses, angles = torch.zeros(4, dtype=torch.int64), torch.ones(2, dim // 2)
     caches, scales = eight_bit(*caches) if codes else (caches, (None, None))
-    new, narrow = (q[:2], q[:2, :2], q[2:4, :2]), table[:, :1]
+    new = q[:2], q[:2, :2], q[2:4, :2]
 
     def launch():
         module._paged_attention_triton(q[:2], *caches, table, lens, None, 0.1, addresses, *scales)
-        for rotation in ((None, None), (angles, angles)):
-            module._append_attention_triton(
-                *new, *caches, narrow, lens, 0.1, addresses, *rotation, True, *scales
-            )
+        for rotation, shared in (((None, None), False), ((angles, angles), False), ((angles, angles), True)):
+            with mock.patch.object(decode, "shares", lambda *_, shared=shared: shared):
+                module._append_attention_triton(
+                    *new, *caches, table, lens, 0.1, addresses, *rotation, True, *scales
+                )
         module._paged_attention_triton(q, *caches, table, lens, cu_seqlens, 0.1, addresses, *scales)
         _store_kv_triton(q[:2, :2], q[:2, 2:4], *caches, torch.tensor([1, 2]), addresses, *scales)
 

@@ -709,9 +709,9 @@ def test_a_limit_that_is_too_small_is_refused_before_a_weight_is_read(monkeypatc
     monkeypatch.setattr("nanogrpo.grpo.trainer.limit_vram", lambda config: None)  # the card's own part
     monkeypatch.setattr("nanogrpo.grpo.trainer.random_policy", loads)
     monkeypatch.setattr("nanogrpo.grpo.trainer.Policy.load", loads)
-    small = {"random_weights": "llama-3.1-8b", "vram_limit": 6.0, "quantize": "nf4"}
+    small = {"random_weights": "llama-3.1-8b", "vram_limit": 5.5, "quantize": "nf4"}
     with pytest.raises(
-        ValueError, match=r"vram_limit of 6 GiB is too small: .* needs about .*weights .*combine --"
+        ValueError, match=r"vram_limit of 5.5 GiB is too small: .* needs about .*weights .*combine --"
     ):
         load_policy(GRPOConfig(**small))
     with pytest.raises(ValueError, match="too small"):
