@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nanogrpo.rollout import LoraConfig, Sampler, SamplingParams, decoding
+from nanogrpo.rollout import LoraConfig, Sampler, SamplingParams, decoding, sampling
 from nanogrpo.rollout import sampler as sampler_file
 from nanogrpo.rollout.decoding import Decoder, DecodeRun, DecodeState
 from nanogrpo.rollout.scheduler import Scheduler, Sequence
@@ -164,8 +164,8 @@ def test_little_memory_preempts_while_looking_ahead(policy, monkeypatch):
 def test_slices_of_the_vocabulary_draw_the_same(policy, options, monkeypatch):
     params = SamplingParams(max_tokens=12, seed=5, **options)
     expected = sampler_of(policy).generate(PROMPTS, params, group_size=3)
-    sampler, sliced, draw = sampler_of(policy), [], decoding.sample_from_head
-    monkeypatch.setattr(decoding, "sample_from_head", lambda *a, **k: (sliced.append(1), draw(*a, **k))[1])
+    sampler, sliced, draw = sampler_of(policy), [], sampling.sample_from_head
+    monkeypatch.setattr(sampling, "sample_from_head", lambda *a, **k: (sliced.append(1), draw(*a, **k))[1])
     sampler.decoder.draw.most_whole = 4
     results = sampler.generate(PROMPTS, params, group_size=3)
     assert bool(sliced) == sampler.decoder.draw.plain
