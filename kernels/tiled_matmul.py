@@ -13,7 +13,7 @@ with the weights rounded to x's dtype as ``dequantize_4bit`` rounds them (nf4: b
 ``packed_codes``, and in bfloat16 with 16 bits of the scale; int4: but for 2^-19 of the scale); sums are float32 in a
 fixed order. Beside the products h = x A^T may be made in the same launch, for a dense A (R, K) in its own dtype,
 rounded to x's. Bytes: N K / 2 codes and the scales once for each BLOCK_M rows, x once for each BLOCK_N columns
-(through the L2 cache), SPLIT M N 4 and M R 4 a part of A's K twice for partial sums. FLOPs: 2 M (N + R) K. A row's
+(through the L2 cache), SPLIT M (N + R) 4 twice for partial sums where K is split. FLOPs: 2 M (N + R) K. A row's
 result depends on that row, N, K and the configuration alone, BLOCK_M, STAGES and DEPTH excepted.
 """
 
@@ -28,7 +28,6 @@ from .code_words import aligned
 from .packed_codes import TILE, UNGAIN_BF16, UNGAIN_FP16, decode_quads
 from .packed_matmul import block_scale_of, half_float, per_tile_scales
 
-RANK_TILES = 8  # tiles of K that a program takes at least of A
 HALF_TILE = tl.constexpr(
     64
 )  # elements of K of a product: the next half is decoded while the tensor cores have this
@@ -146,16 +145,16 @@ def _x_tile(x, rows, m0, k, TMA: tl.constexpr):
     return tl.trans(tile)
 
 
-@triton.jit(do_not_specialize=["M", "across", "tiles", "steps", "rank_steps", "first_block"])
+@triton.jit(do_not_specialize=["M", "across", "tiles", "steps", "first_block"])
 def tiled_kernel(
-    x, codes, scales, bias, out, a, h, M, N, R, across, tiles, steps, rank_steps, first_block,
+    x, codes, scales, bias, out, a, h, M, N, R, across, tiles, steps, first_block,
     FORMAT: tl.constexpr, PARTIAL: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of x @ W.T over ``steps`` tiles of K: ``out`` (M, N) with bias or partial sums (SPLIT, M, N).
 
     x: a descriptor (TMA) or pointer of (M, 128 tiles); codes, scales as those of ``packed_kernel``. Programs from
-    ``across`` on take BLOCK_N rows of a (R, 128 tiles) and ``rank_steps`` tiles instead, to h (parts, M, R) float32.
+    ``across`` on take BLOCK_N rows of a (R, 128 tiles) instead, to h (SPLIT, M, R) float32.
     """
     DTYPE: tl.constexpr = x.dtype if TMA else x.dtype.element_ty
     program, split = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -166,25 +165,22 @@ def tiled_kernel(
     x_rows = x
     if not TMA:
         x_rows = x + tl.minimum(m, M - 1)[:, None] * (tiles * 128) + tl.arange(0, HALF_TILE)[None, :]
+    first = tl.program_id(2) * steps
+    last = tl.minimum(first + steps, tiles)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if a is not None and program >= across:
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
-        # Of more parts than A has, the last have nothing to do.
-        first = tl.program_id(2) * rank_steps
-        last = tl.minimum(first + rank_steps, tiles)
         rank = (program - across) * BLOCK_N + tl.arange(0, BLOCK_N)
         a_rows = a + tl.minimum(rank, R - 1).to(tl.int64)[:, None] * (tiles * 128)
         for step in tl.range(2 * first, 2 * last, num_stages=STAGES):
             k = step * HALF_TILE
             weight = tl.load(a_rows + (k + tl.arange(0, HALF_TILE))[None, :]).to(DTYPE)
             acc = tl.dot(weight, _x_tile(x, x_rows, m0, k, TMA), _settled(acc, ASSEMBLY))
-        inside = (m < M)[None, :] & (rank < R)[:, None] & (first < tiles)
+        inside = (m < M)[None, :] & (rank < R)[:, None]
         tl.store(h + (split * M + m)[None, :] * R + rank[:, None], acc, mask=inside)
     else:
-        first = tl.program_id(2) * steps
-        last = tl.minimum(first + steps, tiles)
         # Rows of W in the order in which a load's registers are the operand's: (repeat, half, warp, lane).
         REPEATS: tl.constexpr = BLOCK_N // (16 * WARPS)
         index, lane = tl.arange(0, BLOCK_N), tl.arange(0, 4)[None, :]
@@ -260,21 +256,20 @@ def tile_plan(N, tiles, config):
 
 
 def tiled_products(x, words, scales, bias, first_block, format, config, assembly=True, *, a=None):
-    """As ``packed_products``: y, or partial sums (SPLIT, M, N); with a (R, K) also h (parts, M, R)."""
+    """As ``packed_products``: y, or partial sums (SPLIT, M, N); with a (R, K) also h (SPLIT, M, R)."""
     (M, K), N = x.shape, len(words)
     across, steps, split = tile_plan(N, K // TILE, config)
     out = x.new_empty(M, N) if split == 1 else x.new_empty(split, M, N, dtype=torch.float32)
-    h, R, rank_steps = None, 0, 0
+    h, R = None, 0
     if a is not None:
-        # fewer and longer parts than the base's: a dense tile is soon done, and many programs will add them up
-        R, rank_steps = len(a), max(triton.cdiv(K // TILE, split), min(RANK_TILES, K // TILE))
-        h = x.new_empty(triton.cdiv(K // TILE, rank_steps), M, R, dtype=torch.float32)
+        R = len(a)
+        h = x.new_empty(split, M, R, dtype=torch.float32)
     tma = config.tma and assembly
     source = TensorDescriptor.from_tensor(x, [config.block_m, HALF_TILE.value]) if tma else x
     grid = across + triton.cdiv(R, config.block_n), triton.cdiv(M, config.block_m), split
     tiled_kernel[grid](
         source, aligned(words), per_tile_scales(scales, format), bias, out, a, h, M, N, R, across, K // TILE, steps,
-        rank_steps, first_block, FORMAT=format, PARTIAL=split > 1, ASSEMBLY=assembly, PDL=config.pdl, TMA=tma,
+        first_block, FORMAT=format, PARTIAL=split > 1, ASSEMBLY=assembly, PDL=config.pdl, TMA=tma,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, WARPS=config.warps, STAGES=config.stages, DEPTH=config.depth,
         num_warps=config.warps, launch_pdl=config.pdl,
     )  # fmt: skip
