@@ -14,7 +14,8 @@ optimiser step needs no copy, and a captured graph stays valid.
 
 Bytes beside the base's: A once for each 32 to 128 rows, B once for each 16 or 32, S M R float32 partial sums of h
 written, and read by every program that updates; y again where ``add_update`` runs. FLOPs: 2 M (K R + N r). Memory:
-the partial sums, S <= 12 or the parts of the base (by a library: h, and W), and with ``add_update`` the base's y or partial sums.
+the partial sums, S <= 12 or the parts of the base (by a library: h, and W), and with ``add_update`` the base's y or
+partial sums.
 
 Precision: A and B are rounded to x's dtype, sums are float32 in a fixed order, h is rounded to x's dtype once; bias
 and update are added in float32, to the base's float32 sums or to its rounded y. What follows y starts from the
