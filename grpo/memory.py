@@ -21,9 +21,8 @@ A = heads * head_dim, V words, T packed tokens a micro-batch, C completion token
     context      of CUDA, with the loaded kernels: CONTEXT
 
 Rollout and training take turns, and each gives back what it alone needs: the sum is what both have and the larger of
-the two. T is the token budget, or
-the longest sequence, in whole multiples of ``TOKENS``. Where one micro-batch is all, its gradients grow into the room
-that checkpoints leave. What carries over from step to step is exact.
+the two. T is the token budget, or the longest sequence, in whole multiples of ``TOKENS``. Where one micro-batch is
+all, its gradients grow into the room that checkpoints leave. What carries over from step to step is exact.
 """
 
 import math

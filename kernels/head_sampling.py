@@ -10,7 +10,8 @@ logits written and read. Memory beside the outputs: the logits of a slice, 4 R C
 
 Precision: as ``token_sampling`` says, for logits that are sums of D products in float32. Those of the drawn part are
 summed in another order than the slice's, which moves a border between two tokens by rounding, and a log-probability
-likewise. Sums run in fixed order, and a row's draw in one that the other rows do not change.
+likewise. Sums run in fixed order; a row's logits depend on no other row as far as
+the library keeps to one algorithm for a number of rows.
 """
 
 import torch
@@ -20,14 +21,14 @@ import triton.language as tl
 
 from . import _runtime
 from .dependent_launch import dependent_launch, wait_for_inputs
+from .dispatch import check_floating
 from .token_sampling import (
     CHUNK,
-    KEYS,
     PART,
     _counter_uniform,
     _find,
-    _key_tensors,
     _scaled,
+    checked_noise,
     counter_uniform_ref,
     sample_tokens_ref,
 )
@@ -229,28 +230,13 @@ def sample_from_head(hidden_states, head, temperature, *, uniforms=None, keys=No
         raise ValueError(
             f"hidden_states is {tuple(hidden_states.shape)} and the head {tuple(head.shape)}, expected (R, D), (V, D)"
         )
-    if hidden_states.dtype != head.dtype or hidden_states.device != device or not head.is_floating_point():
+    check_floating("the head", head)
+    if hidden_states.dtype != head.dtype or hidden_states.device != device:
         raise ValueError(
             f"hidden_states is {hidden_states.dtype} on {hidden_states.device}, the head {head.dtype} on {device}, "
-            "expected one floating-point dtype on one device"
+            "expected one dtype on one device"
         )
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"the temperature is {temperature}, expected >= 0 and finite")
-    if (uniforms is not None) + (keys is not None) != 1 and not (
-        uniforms is keys is None and temperature == 0
-    ):
-        raise ValueError("expected either uniforms or keys, not both (neither at temperature 0)")
-    keys = [] if keys is None else _key_tensors(*keys)
-    expected = {} if uniforms is None else {"uniforms": (uniforms, torch.float64)}
-    if keys:
-        expected |= {name: (t, torch.int64) for name, t in zip(KEYS, keys[1:], strict=True)}
-    for name, (t, dtype) in expected.items():
-        if t.shape != (R,) or t.dtype != dtype or t.device != device:
-            raise ValueError(
-                f"{name} is {t.dtype} {tuple(t.shape)} on {t.device}, expected {dtype} ({R},) on {device}"
-            )
-    if keys and keys[0].shape not in ((1,), (R,)):
-        raise ValueError(f"the seed has shape {tuple(keys[0].shape)}, expected (1,) or ({R},)")
+    keys = checked_noise(R, device, temperature, uniforms, keys)
     hidden_states, head = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden_states, head))
     tokens, logprobs = _op(
         hidden_states.detach(), head.detach(), uniforms, keys, float(temperature), slice_bytes

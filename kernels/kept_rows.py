@@ -61,7 +61,8 @@ class KeptRows:
         self.rows = torch.empty(len(mask), dtype=torch.int64, device=mask.device)
         self.counts = torch.empty(2, dtype=torch.int32, device=mask.device)
         _compact_kernel[(1,)](
-            mask.view(torch.uint8), self.rows, self.counts, len(mask), height, UNIT=unit, BLOCK=4096, num_warps=8
+            mask.contiguous().view(torch.uint8), self.rows, self.counts, len(mask), height, UNIT=unit, BLOCK=4096,
+            num_warps=8,
         )  # fmt: skip
         self.host, self.copied = self.counts, None
         if mask.is_cuda:

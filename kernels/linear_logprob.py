@@ -296,8 +296,8 @@ def fused_linear_logprob(
             depend on data).
         return_entropy: also return the entropy, in nats, with its gradient.
         workspace_bytes: bound on the extra memory of forward and backward on CUDA with a frozen head, what is kept
-            between them included, the results not; None: 152 MiB, or 96 MiB and what is kept, where that is more.
-            Less memory takes more time.
+            between them included, the results and a chunk's kept rows, where there is a mask, not; None: 152 MiB, or
+            96 MiB and what is kept, where that is more. Less memory takes more time.
 
     Returns:
         ``LogprobOutput(logprobs, entropy or None)``, each (...) float32 (float64 for float64 hidden), bitwise

@@ -12,7 +12,7 @@ HOST = 16_000  # what the host takes for the launches of a chunk: the device is 
 
 
 def forward_bytes(R, C, V, D, itemsize, *, entropy, gradient, packed, copied, block_v=COL_UNIT):
-    """Bytes alive in a forward pass over chunks of R rows and C words, besides what it returns (see the formula)."""
+    """Bytes alive in a forward pass over chunks of R rows and C words, besides its results (``linear_logprob``)."""
     statistics = (3 if entropy else 2) * 4 * R * triton.cdiv(V, block_v) + 24 * R
     copy = C * D * itemsize if copied else 0  # of a weight that is 4-bit or of another dtype
     if not gradient:

@@ -3,14 +3,14 @@
     h = x A^T                          x (M, K), A (R, K), h (M, R): the ranks of all adapters that share x
     y = x W^T + bias, and y[:, part p] += scaling * h_p B_p^T       B (rows, r): the rows of all parts in turn
 
-Up to 16 rows, and up to 64 on dense weights, ``ranks`` comes first and leaves partial sums of h over parts of K. Up
-to 16 rows of x on packed 4-bit codes, the base product ends with the rest (``packed_matmul``); from there to 256 on
-Hopper it makes the ranks, too (``tiled_matmul``). Where it does not end with the rest ``add_update`` follows: it
-adds up the base's own partial sums, bias and update. That makes two launches on packed codes, three otherwise. More
-rows than 64 without ``tiled_matmul`` are for ``add_update`` alone: h and the base product are a library's, on W
-dequantised for this call. Either way what is stored is y, or what follows y in a decoder layer: see ``few_rows``. A
-and B are read where they lie, in their own dtype (by a library a float32 A is rounded first, by a launch): an
-optimiser step needs no copy, and a captured graph stays valid.
+Up to 16 rows of x on packed 4-bit codes, ``ranks`` leaves partial sums of h over parts of K, and the base product
+ends with the rest (``packed_matmul``). From there to 256 rows on Hopper the base product makes the ranks, too
+(``tiled_matmul``), and ``add_update`` ends: it adds up the base's own partial sums, bias and update. Both are two
+launches. Elsewhere up to 64 rows are three or four: ``ranks``, the base product, perhaps on W dequantised for this
+call, and ``add_update``. More rows are for ``add_update`` alone: h and the base product are a library's. Either way
+what is stored is y, or what follows y in a decoder layer: see ``few_rows``. A and B are read where they lie, in
+their own dtype (by a library a float32 A is rounded first, by a launch): an optimiser step needs no copy, and a
+captured graph stays valid.
 
 Bytes beside the base's: A once for each 32 to 128 rows, B once for each 16 or 32, S M R float32 partial sums of h
 written, and read by every program that updates; y again where ``add_update`` runs. FLOPs: 2 M (K R + N r). Memory:
@@ -51,8 +51,7 @@ UP = {
     OWN_ROWS: ((16, 64, 4), (16, 128, 4)),
     MAX_ROWS: ((16, 128, 4), (32, 128, 4)),
 }
-# From so many values of K on: 8 warps instead of 4 share a row of W in a product that is not split, and a tiled
-# product is split for two programs a multiprocessor.
+# From so many values of K on, 8 warps instead of 4 share a row of W in a product that is not split.
 LONG_K = 4096
 
 

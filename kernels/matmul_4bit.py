@@ -4,9 +4,10 @@ x (..., K), q (N, K), bias (N,), y (..., N) in x's dtype; M rows in all, QB weig
 
 Routes by the number of rows; sums are float32 in all:
 
-    packed  M <= 16 (but on Hopper int4 to 32, nf4 to 64), 16-bit x, codes in the order of ``QuantizedWeight.packed``:
-            tensor cores fed from registers (``packed_matmul``), where nf4 values err by at most 0.0019 of themselves
-            in bfloat16 and int4's by nothing. Codes in the order of files take the next but one.
+    packed  M <= 16 on Hopper, elsewhere 32 for int4 and 64 for nf4; 16-bit x, codes in the order of
+            ``QuantizedWeight.packed``: tensor cores fed from registers (``packed_matmul``), where nf4 values err by
+            at most 0.0019 of themselves in bfloat16 and int4's by nothing. Codes in the order of files take the next
+            but one.
     tiled   Hopper, from there to M = 256: out^T = W x^T by warp groups, W from registers (``tiled_matmul``), weights
             rounded to x's dtype.
     vector  M <= 4, 16-bit x: CUDA cores, the weights exact in float32 (``gemv_4bit``).

@@ -216,7 +216,7 @@ def _parts_kernel(
             shared = (both >= (split + 1) * SPLIT) & (tl.max((own != other).to(tl.int32), 0) == 0)
             owner = tl.where(shared, (sequence >> 1 << 1) + row // SEAT, sequence)
             inside = (row % SEAT < GROUP) & (shared | (row < SEAT))
-            mine = (shared == 0) | ((split + split // tl.num_programs(2)) % 2 == sequence % 2)
+            mine = (shared == 0) | ((program + split // tl.num_programs(2)) % 2 == sequence % 2)
         page = blocks.to(tl.int64)
         blocks, own, other = _tables(
             block_table, sequence, sequences, split + tl.num_programs(2), width, table_row, PAGE_BITS, WARPS,

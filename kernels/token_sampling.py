@@ -293,6 +293,33 @@ def counter_uniform(seed, prompt_index, group_index, position):
     return _uniform_op(*keys)
 
 
+def checked_noise(count, device, temperature, uniforms, keys, others=None):
+    """The tensors of ``keys``, where all that ``count`` draws ask for is as it must be; else ValueError.
+
+    others: {name: (tensor, dtype)} of more that has ``count`` values.
+    """
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"the temperature is {temperature}, expected >= 0 and finite")
+    if (uniforms is not None) + (keys is not None) != 1 and not (
+        uniforms is keys is None and temperature == 0
+    ):
+        raise ValueError("expected either uniforms or keys, not both (neither at temperature 0)")
+    expected = dict(others or {})
+    if uniforms is not None:
+        expected["uniforms"] = uniforms, torch.float64
+    keys = [] if keys is None else _key_tensors(*keys)
+    if keys:
+        expected |= {name: (t, torch.int64) for name, t in zip(KEYS, keys[1:], strict=True)}
+    for name, (t, dtype) in expected.items():
+        if t.shape != (count,) or t.dtype != dtype or t.device != device:
+            raise ValueError(
+                f"{name} is {t.dtype} {tuple(t.shape)} on {t.device}, expected {dtype} ({count},) on {device}"
+            )
+    if keys and keys[0].shape not in ((1,), (count,)):
+        raise ValueError(f"the seed has shape {tuple(keys[0].shape)}, expected (1,) or ({count},)")
+    return keys
+
+
 def sample_tokens(logits, rows, temperature, *, uniforms=None, keys=None):
     """Draw B tokens from R distributions over the whole vocabulary.
 
@@ -314,25 +341,7 @@ def sample_tokens(logits, rows, temperature, *, uniforms=None, keys=None):
     if logits.ndim != 2 or logits.dtype != torch.float32 or not logits.shape[1]:
         raise ValueError(f"logits is {logits.dtype} {tuple(logits.shape)}, expected torch.float32 (R, V)")
     device, B = logits.device, rows.numel()
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"the temperature is {temperature}, expected >= 0 and finite")
-    if (uniforms is not None) + (keys is not None) != 1 and not (
-        uniforms is keys is None and temperature == 0
-    ):
-        raise ValueError("expected either uniforms or keys, not both (neither at temperature 0)")
-    expected = {"rows": (rows, torch.int64)}
-    if uniforms is not None:
-        expected["uniforms"] = uniforms, torch.float64
-    keys = [] if keys is None else _key_tensors(*keys)
-    if keys:
-        expected |= {name: (t, torch.int64) for name, t in zip(KEYS, keys[1:], strict=True)}
-    for name, (t, dtype) in expected.items():
-        if t.shape != (B,) or t.dtype != dtype or t.device != device:
-            raise ValueError(
-                f"{name} is {t.dtype} {tuple(t.shape)} on {t.device}, expected {dtype} ({B},) on {device}"
-            )
-    if keys and keys[0].shape not in ((1,), (B,)):
-        raise ValueError(f"the seed has shape {tuple(keys[0].shape)}, expected (1,) or ({B},)")
+    keys = checked_noise(B, device, temperature, uniforms, keys, {"rows": (rows, torch.int64)})
     if device.type == "cpu" and not torch.compiler.is_compiling() and B:
         low, high = rows.min().item(), rows.max().item()
         _runtime.check(

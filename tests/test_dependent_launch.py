@@ -10,6 +10,7 @@ import torch
 from cross_compile import every_card, recorded_launches
 from nanogrpo.kernels.decode_rows import _advance_triton
 from nanogrpo.kernels.dependent_launch import MIN_ARCH
+from nanogrpo.kernels.head_sampling import _sample_from_head_triton
 from nanogrpo.kernels.kv_store import _store_kv_triton
 from nanogrpo.kernels.rms_norm import _rms_norm_triton
 from nanogrpo.kernels.rotary import _rotary_triton
@@ -23,8 +24,8 @@ TABLES = {"context_lens", "block_table", "addresses", "k_cache", "v_cache"}
 # What a kernel may touch before it waits, and why: what the kernel before has promised, or its caller vouches for.
 EARLY = {"_parts_kernel": TABLES, "_merge_kernel": TABLES | {"q", "k", "v", "cos", "sin"}}
 KERNELS = {
-    "_advance_kernel", "_chunk_kernel", "_draw_kernel", "_merge_kernel", "_parts_kernel", "_rms_norm_kernel",
-    "_rotary_kernel", "_store_kv_kernel", "_swiglu_kernel",
+    "_advance_kernel", "_chunk_kernel", "_draw_kernel", "_draw_part_kernel", "_merge_kernel", "_parts_kernel",
+    "_rms_norm_kernel", "_rotary_kernel", "_slice_kernel", "_store_kv_kernel", "_swiglu_kernel",
 }  # fmt: skip
 
 
@@ -71,6 +72,7 @@ def decode_step(dtype=torch.bfloat16):
     logits, rows = torch.zeros(3, 5000), torch.arange(3)
     for keys, temperature in (([rows] * 4, 1.0), ([], 0.0)):
         _sample_tokens_triton(logits, rows, None, keys, temperature)
+        _sample_from_head_triton(x, torch.zeros(500, 256, dtype=dtype), None, keys, temperature, 2**20)
     state = torch.zeros(4, 3, dtype=torch.int64), lens, torch.zeros(2, 3, 3, dtype=torch.float64)
     _advance_triton(rows, logits[:, 0], None, logits[0] > 0, *state, rows[:1])
 

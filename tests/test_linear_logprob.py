@@ -352,6 +352,7 @@ def test_masked_rows_in_chunks(device, count):
     (D, V), dtype = ((40, 700), torch.float32) if device.type == "cpu" else ((576, 49152), torch.bfloat16)
     hidden, weight, bias, target_ids, upstream = problem(300, D, V, dtype, device=device, scale=3.0)
     mask = torch.randperm(300, generator=torch.Generator().manual_seed(count)).to(device) < count
+    mask = torch.stack((mask, ~mask), 1)[:, 0]  # strides of two
     least = smallest_workspace(hidden.clone().requires_grad_(), weight, target_ids, bias=bias)
     hidden[~mask], target_ids[~mask] = float("nan"), -100
     call = lambda keep, **kwargs: outputs_and_gradients(

@@ -14,7 +14,7 @@ from nanogrpo.kernels.matmul_4bit import PACKED_CONFIGS, _matmul_triton, matmul_
 from nanogrpo.kernels.packed_codes import GAIN, NF4_CODE
 from nanogrpo.kernels.packed_matmul import Config, packed_products, plan, sum_partials
 from nanogrpo.kernels.quantization import dequantize_4bit_ref, kernel_format, quantize_4bit
-from nanogrpo.kernels.tiled_matmul import tile_plan
+from nanogrpo.kernels.tiled_matmul import TileConfig, tile_plan, tiled_products
 from numerics import EPS, assert_no_worse_than
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -79,18 +79,16 @@ def test_values(format, double_quant, data):
 
 
 @every_format
-@pytest.mark.parametrize("M", [1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 200, 257])
+@pytest.mark.parametrize("M", [1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 200])
 @pytest.mark.parametrize("N, K", [(37, 128), (96, 1152), (130, 2304)])
 def test_witnesses_are_exact(device, format, double_quant, M, N, K):
     """No rounding can hide a wrong product: for every tile shape, with K whole and split."""
-    if INTERPRET and (M not in (1, 9, 33, 65) or N == 130):
+    if INTERPRET and (M not in (1, 9, 33) or N == 130):
         pytest.skip("one of each tile is enough where no compiler runs")
     if device.type == "cpu" and not INTERPRET:
         pytest.skip("reaches the kernel on CUDA or under the interpreter")
     for dtype in DTYPES:
         q, weight = witness(N, K, format, double_quant, dtype, seed=M)
-        if M > 256:
-            pytest.skip("dense")
         x = torch.randint(-8, 9, (M, K), generator=torch.Generator().manual_seed(M))
         bias = torch.randint(-99, 100, (N,), generator=torch.Generator().manual_seed(N))
         truth = x.double() @ weight.T + bias
@@ -99,10 +97,8 @@ def test_witnesses_are_exact(device, format, double_quant, M, N, K):
 
 
 def test_a_row_does_not_depend_on_its_batch(device):
-    if device.type == "cpu":
-        pytest.skip(
-            "the products of torch on the CPU, and of numpy under the interpreter, make no such promise"
-        )
+    if device.type == "cpu" or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("only Hopper has routes of ours for so many rows; a library makes no such promise")
     q = made(96, 1152, "nf4").to(device).packed()
     x = torch.randn(256, 1152, generator=torch.Generator().manual_seed(0)).half().to(device)
     cases = (
@@ -173,6 +169,24 @@ def test_every_way_to_divide_the_work(over_n, warps, rows):
         if y.ndim == 3:
             y = sum_partials(y, None, x.dtype, False)
         assert torch.equal(y, truth)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="reaches the kernel only under the interpreter")
+@pytest.mark.parametrize("format, double_quant", FORMATS)
+@pytest.mark.parametrize("programs, depth", [(1, 1), (99, 2)])
+def test_tiles_and_the_ranks_beside_them(format, double_quant, programs, depth):
+    q, weight = witness(37, 1152, format, double_quant, torch.float16, seed=2)
+    codes, scales, _, first_block = q.operands()
+    draw = lambda *size: torch.randint(-8, 9, size, generator=torch.Generator().manual_seed(0)).half()
+    x, a, bias = draw(65, 1152), draw(24, 1152), draw(37)
+    config = TileConfig(64, 64, 4, 2, depth, programs, False, False)
+    operands = x, codes, scales, bias, first_block, kernel_format(scales), config
+    y, h = tiled_products(*operands, assembly=False, a=a)
+    assert (y.ndim == 3) == (programs > 1)
+    if y.ndim == 3:
+        y = sum_partials(y, bias, x.dtype, False)
+    assert torch.equal(y, (x.double() @ weight.T + bias).half())
+    assert torch.equal(h.sum(0).double(), x.double() @ a.double().T)
 
 
 @every_card
