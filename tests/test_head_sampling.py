@@ -173,7 +173,8 @@ H, W, U = torch.zeros(3, 8), torch.zeros(9, 8), torch.full((3,), 0.5).double()
     [
         ({"hidden_states": torch.zeros(3, 7)}, r"expected \(R, D\), \(V, D\)"),
         ({"head": torch.zeros(0, 8)}, r"expected \(R, D\), \(V, D\)"),
-        ({"head": W.double()}, "expected one floating-point dtype"),
+        ({"head": W.double()}, "expected one dtype"),
+        ({"head": W.int()}, "the head is torch.int32"),
         ({"temperature": -1.0}, "the temperature is -1.0"),
         ({"uniforms": None}, "either uniforms or keys"),
         ({"uniforms": U[:2]}, r"uniforms is .* expected torch.float64 \(3,\)"),
