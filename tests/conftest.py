@@ -10,7 +10,7 @@ os.environ.setdefault("NANOGRPO_CHECK", "1")  # read when nanogrpo.kernels is im
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("dev", max_examples=10, **COMMON)
-settings.register_profile("ci", max_examples=25, derandomize=True, **COMMON)
+settings.register_profile("ci", max_examples=10 if INTERPRET else 25, derandomize=True, **COMMON)
 settings.register_profile("interpreter", max_examples=8, derandomize=True, **COMMON)
 settings.register_profile("nightly", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreter" if INTERPRET else "dev"))
