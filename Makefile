@@ -4,13 +4,19 @@ BIN := $(VENV)/bin
 # From the repo root the folder `kernels` would shadow Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: train test test-gpu test-oracles lint bench
+.PHONY: train test test-compiled test-interpreted test-gpu test-oracles lint bench
 
 train: $(VENV)/ready
 	$(BIN)/nanogrpo train $(ARGS)
 
 test: $(VENV)/ready-test
+	$(MAKE) --jobs 2 test-compiled test-interpreted
+
+test-compiled: $(VENV)/ready-test
 	$(BIN)/python -m pytest
+
+# a process of its own: kernels are made for the interpreter when they are imported
+test-interpreted: $(VENV)/ready-test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_linear_logprob.py tests/test_quantization.py \
 		tests/test_matmul_4bit.py tests/test_lora_linear.py tests/test_paged_attention.py \
 		tests/test_rms_norm.py tests/test_rotary.py tests/test_swiglu.py tests/test_token_sampling.py \
