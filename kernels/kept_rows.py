@@ -25,16 +25,8 @@ def _compact_kernel(mask_ptr, rows_ptr, counts_ptr, N, height, UNIT: tl.constexp
 
 @triton.jit(do_not_specialize=["first"])
 def _gather_kernel(
-    hidden_ptr,
-    target_ptr,
-    rows_ptr,
-    counts_ptr,
-    hidden_out_ptr,
-    target_out_ptr,
-    first,
-    D,
-    BLOCK_D: tl.constexpr,
-):
+    hidden_ptr, target_ptr, rows_ptr, counts_ptr, hidden_out_ptr, target_out_ptr, first, D, BLOCK_D: tl.constexpr
+):  # fmt: skip
     """Row rows[first + i] of hidden and its target to row i; where counts is given, no more than a chunk takes."""
     row = tl.program_id(0).to(tl.int64)
     inside = True
@@ -52,8 +44,8 @@ def _gather_kernel(
 class KeptRows:
     """The rows where ``mask`` (N,) is True, found on the device, and how many: at once there, later on the host.
 
-    ``counts``: how many there are and how many the first chunk takes, of at most ``height``
-    each: chunks are as even as multiples of ``unit`` allow.
+    ``counts``: how many there are, and how many the first chunk takes. Chunks are of at most ``height`` rows each and
+    as even as multiples of ``unit`` allow.
     """
 
     def __init__(self, mask, height, unit):

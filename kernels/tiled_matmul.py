@@ -30,7 +30,7 @@ from .packed_matmul import block_scale_of, half_float, per_tile_scales
 
 HALF_TILE = tl.constexpr(
     64
-)  # elements of K of a product: the next half is decoded while the tensor cores have this
+)  # elements of K in a product: fewer values wait in registers than of a whole tile
 
 # Word 4 s + 2 v + l of a tile holds, at nibble 2 a + u, element 32 a + 8 s + 4 u + 2 v + l. Tensor cores want lane
 # 2 u + v of a row's four to hold elements 2 u + v of each run of eight, so that lane takes two of every four words.
@@ -87,14 +87,8 @@ def _fetch_one(at, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def _block_scale(
-    scales,
-    raw,
-    block,
-    NUMBER: tl.constexpr,
-    FORMAT: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
+    scales, raw, block, NUMBER: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr
+):  # fmt: skip
     """As ``block_scale_of``, which reads nested tables by tl.load."""
     if FORMAT == "nested_nf4":
         UNGAIN: tl.constexpr = UNGAIN_BF16 if DTYPE == tl.bfloat16 else UNGAIN_FP16
