@@ -28,9 +28,7 @@ from .code_words import aligned
 from .packed_codes import TILE, UNGAIN_BF16, UNGAIN_FP16, decode_quads
 from .packed_matmul import block_scale_of, half_float, per_tile_scales
 
-HALF_TILE = tl.constexpr(
-    64
-)  # elements of K in a product: fewer values wait in registers than of a whole tile
+HALF_TILE = tl.constexpr(64)  # elements of K in a product: a whole tile would take twice the registers
 
 # Word 4 s + 2 v + l of a tile holds, at nibble 2 a + u, element 32 a + 8 s + 4 u + 2 v + l. Tensor cores want lane
 # 2 u + v of a row's four to hold elements 2 u + v of each run of eight, so that lane takes two of every four words.
