@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import weakref
 
 import torch
@@ -118,11 +119,26 @@ class StepGraphs:
                 stream = capture_stream(torch.cuda.current_device())
                 for part in parts:
                     graphs.append(torch.cuda.CUDAGraph())
-                    with torch.cuda.graph(graphs[-1], pool=pool.add(graphs[-1]), stream=stream):
+                    with (
+                        _uncollected(),
+                        torch.cuda.graph(graphs[-1], pool=pool.add(graphs[-1]), stream=stream),
+                    ):
                         part()
             replays = [graph.replay for graph in graphs]
             self.captured[key] = state, replays if isinstance(step, list) else replays[0]
         return self.captured[key]
+
+
+@contextlib.contextmanager
+def _uncollected():
+    """Inside, no garbage is collected: another graph that is freed while one is captured ends the process."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _held(model):

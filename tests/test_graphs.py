@@ -1,6 +1,7 @@
 """When captured steps are kept and when they are dropped, on a stand-in for CUDA's graphs."""
 
 import contextlib
+import gc
 import itertools
 import weakref
 
@@ -182,3 +183,18 @@ def test_a_capture_that_failed_leaves_nothing_behind(captures):
     with pytest.raises(torch.OutOfMemoryError):
         graphs.get(("decode", 8), lambda: (object(), step))
     assert get(graphs, "decode", 8) and len(set(captures)) == 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_garbage_is_collected_while_a_graph_is_captured(captures, fails):
+    collecting = []
+
+    def step():
+        collecting.append(gc.isenabled())
+        if fails and len(collecting) == 2:
+            raise RuntimeError("no capture")
+
+    graphs = StepGraphs(tiny_policy())
+    with pytest.raises(RuntimeError, match="no capture") if fails else contextlib.nullcontext():
+        graphs.get(("decode", 8), lambda: (None, step))
+    assert collecting == [True, False] and gc.isenabled()
