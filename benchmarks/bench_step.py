@@ -57,51 +57,79 @@ def mean_token(completion, example):
     return sum(completion.token_ids) / len(completion.token_ids) / 1e5
 
 
+def trainer_of(config, task, ranks=None):
+    """A trainer whose completions all have the config's length."""
+    trainer = GRPOTrainer(config, task=task, rewards=[WeightedReward(mean_token, 1.0)], ranks=ranks)
+    trainer.policy.tokenizer.eos_token_ids = ()  # random weights end a completion once in a while
+    return trainer
+
+
+def steps_of(trainer, began):
+    """Make the steps of a trainer's config, until ``SLOWEST`` seconds after ``began``; of each its metrics, with its
+    seconds."""
+    for _ in range(trainer.config.steps):
+        start = time.perf_counter()
+        metrics = trainer.step()
+        now = time.perf_counter()
+        yield metrics | {"seconds": now - start}
+        if trainer.ranks.any(now - began + (now - start) > SLOWEST):
+            return
+
+
+def settings_of(case, **settings):
+    """Those of ``GRPOConfig`` for a ``cases.Step`` or ``cases.Scaling``, as JSON."""
+    rollout = case.rollout
+    shared = {
+        "random_weights": rollout.model, "quantize": rollout.quantize, "lora_r": rollout.r, "device": DEVICE,
+        "steps": case.warmup + case.steps, "group_size": rollout.sizes["group"], "temperature": 1.0,
+        "max_completion_length": rollout.sizes["completion"], "kl_coef": 0.04, "lr": 1e-5,
+    }  # fmt: skip
+    return json.dumps(shared | settings | case.settings)
+
+
 def main(settings, prompt):
     """Run the steps of a config, given as JSON, after a prompt of so many tokens; the metrics of each as a line of
     JSON, with the memory that was planned."""
     began = time.perf_counter()
     config, task = GRPOConfig(**json.loads(settings)), LongPrompt(int(prompt))
-    trainer = GRPOTrainer(config, task=task, rewards=[WeightedReward(mean_token, 1.0)])
-    trainer.policy.tokenizer.eos_token_ids = ()  # random weights end a completion once in a while
     planned = plan_memory(find_shape(config.random_weights)[1], config, task.tokens).total
-    for _ in range(config.steps):
-        start = time.perf_counter()
-        metrics = trainer.step()
-        now = time.perf_counter()
-        print(json.dumps(metrics | {"seconds": now - start, "memory_planned": planned}), flush=True)
-        if now - began + (now - start) > SLOWEST:
-            return
+    for metrics in steps_of(trainer_of(config, task), began):
+        print(json.dumps(metrics | {"memory_planned": planned}), flush=True)
 
 
-def steps_of(case):
+def measured(case):
     """Metrics of the measured steps, run in a process of their own; and bytes of the card in use before it."""
-    rollout = case.rollout
-    settings = {
-        "random_weights": rollout.model, "quantize": rollout.quantize, "lora_r": rollout.r, "device": DEVICE,
-        "steps": case.warmup + case.steps, "group_size": rollout.sizes["group"], "prompts_per_step": 1,
-        "temperature": 1.0, "max_completion_length": rollout.sizes["completion"], "kl_coef": 0.04, "lr": 1e-5,
-        "optimizer": OPTIMIZER, "vram_limit": case.limit / 1024 or None,
-        **case.settings,
-    }  # fmt: skip
+    settings = settings_of(
+        case, prompts_per_step=1, optimizer=OPTIMIZER, vram_limit=case.limit / 1024 or None
+    )
     used = 0
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         used = total - free
-    steps = in_process(__file__, json.dumps(settings), rollout.sizes["prompt"], seconds=SLOWEST)
+    steps = in_process(__file__, settings, case.rollout.sizes["prompt"], seconds=SLOWEST)
     assert steps, f"{case} has not done a step in {SLOWEST} seconds"
     return steps[case.warmup :] or steps[-1:], used
+
+
+def median(steps, name):
+    return measurement.spread([step[name] for step in steps])["ms"]
+
+
+def phases(steps):
+    """{phase: milliseconds of a step} (medians), with what lies between the phases."""
+    found = {phase: 1e3 * median(steps, f"seconds_{phase}") for phase in PHASES}
+    return found | {"other": max(0.0, 1e3 * median(steps, "seconds") - sum(found.values()))}
 
 
 def facts(steps, used):
     """Milliseconds by phase (median) and, on a GPU, MiB: what the allocator gave out and held, the card's own, and
     what was planned for it."""
-    median = lambda name: measurement.spread([step[name] for step in steps])["ms"]
-    found = {"ms of a step": {phase: 1e3 * median(f"seconds_{phase}") for phase in PHASES}}
-    found["ms of a step"]["other"] = max(0.0, 1e3 * median("seconds") - sum(found["ms of a step"].values()))
-    found["sampled tokens/s"] = median("completion_tokens") / median("seconds_rollout")
-    found["steps before"] = steps[0]["step"] - 1
+    found = {
+        "ms of a step": phases(steps),
+        "sampled tokens/s": median(steps, "completion_tokens") / median(steps, "seconds_rollout"),
+        "steps before": steps[0]["step"] - 1,
+    }
     if "memory_card" in steps[0]:
         most = {
             name: max(step[f"memory_{name}"] for step in steps)
@@ -112,15 +140,21 @@ def facts(steps, used):
     return found
 
 
+def checked(steps, tokens, limit):
+    """The sampler's largest distance from the trainer, after an assertion that no step was cut short or skipped."""
+    assert all(done["completion_tokens"] == tokens for done in steps)
+    difference = max(done["sampler_logprob_diff_max"] for done in steps)
+    assert not any(done["skipped"] for done in steps) and difference <= limit
+    return difference
+
+
 @pytest.mark.parametrize("step", cases.step(DEVICE), ids=str)
 def test_step(record, step):
-    steps, used = steps_of(step)
+    steps, used = measured(step)
     case = step.rollout.case(DEVICE, "{prompt} + {group} x {completion} tokens")
     shape = case.shape | {"limit, MiB": step.limit} | step.settings
-    difference = max(done["sampler_logprob_diff_max"] for done in steps)
     tokens = case.shape["group"] * case.shape["completion"]
-    assert all(done["completion_tokens"] == tokens for done in steps)
-    assert not any(done["skipped"] for done in steps) and difference <= LIMITS[case.dtype]
+    difference = checked(steps, tokens, LIMITS[case.dtype])
     times = measurement.spread([1e3 * done["seconds"] for done in steps])
     extra = max(done.get("memory_allocated", 0) for done in steps)
     record({

@@ -276,6 +276,28 @@ def step(device):
     ]
 
 
+class Scaling(NamedTuple):
+    """Whole GRPO steps on one and on two devices: the rollout (sizes: prompts, half of them a device of two, group,
+    prompt, completion), further settings of ``GRPOConfig``, and steps as ``Step`` has them."""
+
+    rollout: Rollout
+    settings: dict
+    warmup: int
+    steps: int
+
+    def __str__(self):
+        return f"{self.rollout}, {self.rollout.sizes['prompts']} prompts"
+
+
+def ranks(device):
+    """Groups of completions to many prompts."""
+    if device == "cpu":
+        sizes = {"prompts": 4, "group": 4, "prompt": 48, "completion": 8}
+        return [Scaling(Rollout("tiny-qwen2", "nf4", 8, sizes), {}, 1, 2)]
+    sizes = {"prompts": 16, "group": 8, "prompt": 128, "completion": 200}
+    return [Scaling(Rollout("Qwen2.5-1.5B", "nf4", 64, sizes), {"token_budget": 8192}, 2, 4)]
+
+
 class Training(NamedTuple):
     """A model's forward and backward pass under LoRA of rank r: ``sequences`` of ``length`` tokens, of which the
     first ``prompt`` are not scored; ``shared``: they are one prompt."""

@@ -8,6 +8,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,25 +61,36 @@ def import_alone(name):
     return importlib.import_module(name)
 
 
-def in_process(file, *arguments, seconds=None):
+def in_process(file, *arguments, seconds=None, ranks=None):
     """Run a benchmark's file as a script of its own; the JSON lines that it prints.
 
-    After ``seconds`` it is ended, and what it has printed so far is all. RuntimeError where it fails.
+    After ``seconds`` it is ended, and what it has printed so far is all. RuntimeError where it fails. ranks: as so
+    many processes of torchrun's; default one plain process.
     """
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    command = [sys.executable, file, *map(str, arguments)]
-    try:
-        done = subprocess.run(command, capture_output=True, env=environment, timeout=seconds)
-    except subprocess.TimeoutExpired as expired:
-        printed = expired.stdout or b""
-    else:
-        printed = done.stdout
-        if done.returncode:
-            reason = done.stderr.decode().strip() or f"exit code {done.returncode}"
-            raise RuntimeError(reason.split("\n")[-1])
-    lines = printed.decode().splitlines()
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    )
+    command = [sys.executable, *launcher, file, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, env=environment, text=True) as process:
+        try:
+            printed, said = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # not killed: torchrun then ends its ranks, which would stay otherwise
+            printed, _ = process.communicate()
+        else:
+            if process.returncode:
+                raise RuntimeError(_reason(said) or f"exit code {process.returncode}")
+    lines = printed.splitlines()
     return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+def _reason(said):
+    """The line of a failed process's stderr that says why: torchrun has more to say after it."""
+    lines = said.strip().split("\n")
+    return next((line for line in lines[::-1] if re.search(r"(Error|Exception): \S", line)), lines[-1])
 
 
 def absent(peer, device):

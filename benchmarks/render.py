@@ -125,7 +125,10 @@ def facts_of(record):
 
 
 def detail(record):
-    """Every contender of one record, the fastest first, then those that did not run and why."""
+    """Every contender of one record, the fastest first, then those that did not run and why.
+
+    A contender that does another amount of work than ours says so in ``work``.
+    """
     contenders, best = timed(record), best_peer(record)
     floor = contenders.get(record["floor"])
     errors = list(contenders[record["ours"]]["errors"])
@@ -136,7 +139,8 @@ def detail(record):
         label = f"**{name}**" if name == record["ours"] else f"{name} {result.get('version') or ''}".strip()
         rows.append([
             label, f"{number(result['ms'])} ({number(result['p20'])} to {number(result['p80'])})",
-            number(amount / result["ms"] * 1e3), over(result, best and best[1]), over(result, floor),
+            number(result.get("work", amount) / result["ms"] * 1e3),
+            over(result, best and best[1]), over(result, floor),
             "" if name == record["floor"] else f"{bound(record) / result['ms']:.0%}",
             number(result["extra"] / 2**20) if "extra" in result else "",
             *(f"{result['errors'][error]:.1e}" if "errors" in result else "" for error in errors),

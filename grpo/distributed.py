@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=10)
+BUCKET = 8 * 2**20  # values that are added up at once, in 32 MiB beside the gradients
 GOLDEN = 0x9E3779B97F4A7C15  # what the sampler's counter-based generator adds to its seed for each prompt
 
 
@@ -53,24 +54,48 @@ class Ranks:
             return [thing]
         gathered = [None] * self.world
         with _named_errors():
+            # Objects lie in CPU memory, so of both backends torch takes Gloo: no copy on a card, and a rank that has
+            # ended is an error at once, where NCCL would wait for it.
             dist.all_gather_object(gathered, thing)
         return gathered
 
     def any(self, flag):
         return any(self.gather(bool(flag)))
 
+    @torch.no_grad()
     def sum_gradients(self, parameters):
-        """Add up the gradients of all ranks in place; a missing one counts as 0."""
+        """Add up the gradients of all ranks in place, in float32; a missing one counts as 0.
+
+        parameters: a list, of one device. Beside the gradients 4 ``BUCKET`` bytes of that device are in use, or 4 a
+        value of the largest parameter, if more.
+        """
         if self.world == 1:
             return
-        with _named_errors():
-            for parameter in parameters:
+        for bucket in _buckets(parameters):
+            for parameter in bucket:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                # A copy on the device: the gradient itself may lie in CPU memory.
-                total = parameter.grad.clone()
+            gradients = [parameter.grad for parameter in bucket]
+            # On the card, for NCCL, also where the gradients are pinned CPU memory that the card sees.
+            total = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
+            with _named_errors():
                 dist.all_reduce(total)
-                parameter.grad.copy_(total)
+            parts = total.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(parameters):
+    """``parameters`` in order, in lists of ``BUCKET`` values at most; a larger one is a list of its own."""
+    bucket, size = [], 0
+    for parameter in parameters:
+        if bucket and size + parameter.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.numel()
+    if bucket:
+        yield bucket
 
 
 @contextlib.contextmanager

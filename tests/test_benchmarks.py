@@ -19,6 +19,7 @@ from comparison import Error, Peer
 from hypothesis import given
 from hypothesis import strategies as st
 from nanogrpo.kernels import fused_linear_logprob
+from nanogrpo.rollout.checkpoint import open_checkpoint, resolve_checkpoint
 
 MIB = 2**20
 TINY = cases.Case("tiny head", "float32", {"N": 13, "D": 16, "V": 301})
@@ -187,8 +188,9 @@ def test_a_process_is_ended_in_time_and_what_it_printed_counts(tmp_path):
     )
     assert comparison.in_process(script, 60, seconds=0.5) == comparison.in_process(script, 0) == [{"step": 1}]
     script.write_text("raise ValueError('why it failed')")
-    with pytest.raises(RuntimeError, match="ValueError: why it failed"):
-        comparison.in_process(script)
+    for ranks in (None, 2):
+        with pytest.raises(RuntimeError, match="ValueError: why it failed"):
+            comparison.in_process(script, ranks=ranks)
 
 
 @pytest.mark.parametrize("value, error", [(2.0, AssertionError), (RuntimeError("broken"), RuntimeError)])
@@ -329,6 +331,7 @@ SMALL = {
     "paged_attention": [{"case": case(S=3, C=37, shared=16, H=4, KVH=2, D=16)}],
     "generate": [{"rollout": rollout} for rollout in cases.generate("cpu")],
     "step": [{"step": cases.step("cpu")[0]}],
+    "ranks": [{"scaling": cases.ranks("cpu")[0]}],
     "cold_start": [{"model": "tiny-qwen2"}],
 }  # fmt: skip
 PEERS_HERE = {
@@ -343,6 +346,7 @@ PEERS_HERE = {
         "ours, prefix stored for each",
     ],
     "generate": ["transformers generate"],
+    "ranks": ["ours, on one", "ours, half of it on one"],
     "small_kernels": ["torch", "torch.compile"],
     "policy_loss": ["torch, loss alone", "ours, with every metric"],
     "cold_start": ["transformers + bitsandbytes"],
@@ -379,7 +383,11 @@ def test_every_benchmark_runs(operation, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(comparison, "peak_bytes", lambda call, device: 0)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
-    def in_this_process(file, *arguments, seconds=None):
+    in_process = comparison.in_process
+
+    def in_this_process(file, *arguments, seconds=None, ranks=None):
+        if ranks == 2:
+            return in_process(file, *arguments, ranks=ranks)
         capsys.readouterr()
         module.main(*arguments)
         return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
@@ -444,6 +452,36 @@ def test_rates_and_facts_stand_in_the_document(tmp_path):
     assert "| case | MiB of keys |" in text and f"| {record['case']} | 12.0 |" in text
     assert text.index("| b | 3.00 | 75% |") < text.index("| a | 1.00 | 25% |")
     assert "best peer's" not in text  # a variant of ours is no peer
+
+
+def test_a_contender_of_other_work_has_its_own_rate(tmp_path):
+    record = compare(
+        Peer("ours", None, constant(1.0)), Peer("ours, half of it", None, constant(1.0)), work=("tokens", 300)
+    )  # fmt: skip
+    for result in record["contenders"].values():
+        result |= {"ms": 2.0, "p20": 2.0, "p80": 2.0}
+    record["contenders"]["ours, half of it"]["work"] = 120
+    comparison.store("some_op", ENVIRONMENT, record, tmp_path)
+    text = render.render(tmp_path)
+    assert "| **ours** | 2.00 (2.00 to 2.00) | 150,000 |" in text
+    assert "| ours, half of it | 2.00 (2.00 to 2.00) | 60,000 |" in text
+
+
+def test_ranks_are_told_apart_by_one_bit():
+    digest = importlib.import_module("bench_ranks").digest
+    adapters = {"a": torch.zeros(3, 2).T, "b": torch.ones(4, dtype=torch.bfloat16)}
+    before = digest(adapters)
+    assert before == digest({name: tensor.clone() for name, tensor in adapters.items()})
+    adapters["a"][0, 1] = -0.0
+    assert before != digest(adapters)
+
+
+def test_prompts_of_ranks_differ_and_are_of_one_length():
+    prompts = importlib.import_module("bench_ranks").LongPrompts(60)
+    tokenizer = open_checkpoint(resolve_checkpoint()).tokenizer
+    drawn = [tokenizer.apply_chat_template(list(e.messages)) for e in prompts.draw(None, 16, "")]
+    assert len({tuple(ids) for ids in drawn}) == 16 and len({len(ids) for ids in drawn}) == 1
+    assert 60 <= len(drawn[0]) <= 62
 
 
 def test_facts_of_a_step_sum_to_the_whole():

@@ -53,14 +53,17 @@ class CharTokenizer:
 
 
 def tiny_policy(config=None, seed=0):
-    """A stand-in for ``load_policy``."""
+    """A stand-in for ``load_policy``: in float32 on the CPU where the config does not say."""
+    device = torch.device(config and config.device or "cpu")
+    dtype = getattr(torch, config and config.dtype or "float32")
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in expected_tensors(CONFIG).items():
         noise = torch.randn(shape, generator=generator)
-        weights[name] = 1 + 0.1 * noise if len(shape) == 1 else 0.25 * noise
+        weights[name] = (1 + 0.1 * noise if len(shape) == 1 else 0.25 * noise).to(device, dtype)
     policy = Policy(Transformer(CONFIG, weights), CharTokenizer(), name="tiny")
     policy.add_adapters(LoraConfig(r=2, alpha=4), seed=seed)
+    policy.model.checkpoint_layers = device.type == "cuda"
     return policy
 
 
