@@ -131,77 +131,87 @@ def _tiled_down_kernel(
 
 
 @triton.jit
-def _updated(
-    base, h, b, bias, scaling, columns, row, n0, M, N, R, r,
-    BASE: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """y of outputs n0 to n0 + BLOCK_N, rounded."""
-    n, rank = n0 + tl.arange(0, BLOCK_N), tl.arange(0, RANK)
-    mask = (row < M)[:, None] & (n < N)[None, :]
-    at = base + row[:, None] * N + n[None, :]
+def _adapter_rows(b, columns, n0, r, RANK: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows of B (BLOCK_N, RANK) for the outputs from n0 on, rounded, and the part of each, -1 where it has none."""
+    n, rank, first_row = n0 + tl.arange(0, BLOCK_N), tl.arange(0, RANK), 0
+    part, row = tl.full((BLOCK_N,), -1, tl.int32), 0 * n
+    for p in tl.static_range(len(columns) // 2):
+        inside = (n >= columns[2 * p]) & (n < columns[2 * p + 1])
+        part = tl.where(inside, p, part)
+        row = tl.where(inside, n - columns[2 * p] + first_row, row)
+        first_row += columns[2 * p + 1] - columns[2 * p]
+    at = b + row.to(tl.int64)[:, None] * r + rank[None, :]
+    weight = tl.load(at, mask=(part >= 0)[:, None] & (rank < r)[None, :], other=0.0)
+    return weight.to(DTYPE), part
+
+
+@triton.jit
+def _base_of(base, bias, row, n0, M, N, BASE: tl.constexpr, BLOCK_N: tl.constexpr):
+    n = n0 + tl.arange(0, BLOCK_N)
+    at, mask = base + row[:, None] * N + n[None, :], (row < M)[:, None] & (n < N)[None, :]
     y = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     for split in tl.static_range(1, BASE):
         y += tl.load(at + tl.cast(split, tl.int64) * M * N, mask=mask, other=0.0)
     if bias is not None:
         y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    first_row = 0
-    for p in tl.static_range(len(columns) // 2):
-        if (n0 < columns[2 * p + 1]) & (n0 + BLOCK_N > columns[2 * p]):
-            inside = (n >= columns[2 * p]) & (n < columns[2 * p + 1])
-            b_at = b + (n - columns[2 * p] + first_row).to(tl.int64)[:, None] * r + rank[None, :]
-            weight = tl.load(b_at, mask=inside[:, None] & (rank < r)[None, :], other=0.0)
-            h_at = h + row[:, None] * R + (p * r + rank)[None, :]
-            h_mask = (row < M)[:, None] & (rank < r)[None, :]
-            value = tl.load(h_at, mask=h_mask, other=0.0)
-            for split in tl.static_range(1, SPLITS):
-                value += tl.load(h_at + tl.cast(split, tl.int64) * M * R, mask=h_mask, other=0.0)
-            delta = tl.dot(value.to(DTYPE), tl.trans(weight.to(DTYPE)), input_precision="ieee")
-            y += scaling * delta
-        first_row += columns[2 * p + 1] - columns[2 * p]
-    return y.to(DTYPE)
+    return y
 
 
 @triton.jit
-def _prefetch_rows(b, columns, n0, r, BLOCK_N: tl.constexpr):
-    n, first_row = n0 + tl.arange(0, BLOCK_N), 0
-    for p in tl.static_range(len(columns) // 2):
-        if (n0 < columns[2 * p + 1]) & (n0 + BLOCK_N > columns[2 * p]):
-            own = tl.minimum(tl.maximum(n, columns[2 * p]), columns[2 * p + 1] - 1) - columns[2 * p]
-            for line in range(0, r, 32):
-                prefetch(b + (own + first_row).to(tl.int64) * r + line)
-        first_row += columns[2 * p + 1] - columns[2 * p]
+def _with_part(y, h, weight, part, p, n0, start, stop, scaling, BLOCK_N: tl.constexpr):
+    """y with part p's share of the outputs from n0 on; h (BLOCK_M, RANK) are its ranks."""
+    if (n0 < stop) & (n0 + BLOCK_N > start):
+        own = tl.where((part == p)[:, None], weight, 0.0).to(weight.dtype)
+        y += scaling * tl.dot(h, tl.trans(own), input_precision="ieee")
+    return y
 
 
 @triton.jit
 def _up_kernel(
     base, h, b, bias, residual, out, scaling, columns, M, N, R, r,
     BASE: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    GATED: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of ``out``: base (BASE, M, N) summed, + bias + scaling * h_p @ b_p^T on each part's columns.
 
-    ``columns`` is (start, stop) of each part in turn, h (SPLITS, M, R) partial sums.
+    ``columns`` is (start, stop) of each part in turn, h (SPLITS, M, R) partial sums. EARLY: the kernel before has
+    promised that b is complete.
     """
     row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n0 = tl.program_id(0) * BLOCK_N
+    n0, rank = tl.program_id(0) * BLOCK_N, tl.arange(0, RANK)
     DTYPE: tl.constexpr = out.dtype.element_ty
-    if PDL:
-        _prefetch_rows(b, columns, n0, r, BLOCK_N)
-        if GATED:
-            _prefetch_rows(b, columns, n0 + N // 2, r, BLOCK_N)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    y = _updated(
-        base, h, b, bias, scaling, columns, row, n0, M, N, R, r, BASE, SPLITS, RANK, BLOCK_N, DTYPE
-    )  # fmt: skip
     width = N
     if GATED:
         width = N // 2
-        up = _updated(
-            base, h, b, bias, scaling, columns, row, n0 + width, M, N, R, r, BASE, SPLITS, RANK, BLOCK_N, DTYPE
-        ).to(tl.float32)  # fmt: skip
+    if PDL and not EARLY:
+        tl.extra.cuda.gdc_wait()
+    weight, part = _adapter_rows(b, columns, n0, r, RANK, BLOCK_N, DTYPE)
+    up_weight, up_part = weight, part
+    if GATED:
+        up_weight, up_part = _adapter_rows(b, columns, n0 + width, r, RANK, BLOCK_N, DTYPE)
+    if PDL:
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    y = _base_of(base, bias, row, n0, M, N, BASE, BLOCK_N)
+    up = y
+    if GATED:
+        up = _base_of(base, bias, row, n0 + width, M, N, BASE, BLOCK_N)
+    for p in tl.static_range(len(columns) // 2):
+        start, stop = columns[2 * p], columns[2 * p + 1]
+        h_at = h + row[:, None] * R + (p * r + rank)[None, :]
+        h_mask = (row < M)[:, None] & (rank < r)[None, :]
+        value = tl.zeros((BLOCK_M, RANK), tl.float32)
+        for split in tl.static_range(SPLITS):
+            value += tl.load(h_at + tl.cast(split, tl.int64) * M * R, mask=h_mask, other=0.0)
+        value = value.to(DTYPE)
+        y = _with_part(y, value, weight, part, p, n0, start, stop, scaling, BLOCK_N)
+        if GATED:
+            up = _with_part(up, value, up_weight, up_part, p, n0 + width, start, stop, scaling, BLOCK_N)
+    y = y.to(DTYPE)
+    if GATED:
         gate = y.to(tl.float32)
-        y = (gate * tl.sigmoid(gate) * up).to(DTYPE)
+        y = (gate * tl.sigmoid(gate) * up.to(DTYPE).to(tl.float32)).to(DTYPE)
     n = n0 + tl.arange(0, BLOCK_N)
     target, mask = row[:, None] * width + n[None, :], (row < M)[:, None] & (n < width)[None, :]
     if residual is not None:
@@ -236,8 +246,9 @@ def ranks(x, a, pdl, many_readers=False):
     return partial
 
 
-def add_update(base, bias, update, dtype, pdl):
-    """What ``update`` makes of the base's y (M, N), or of its partial sums (S, M, N), and a bias."""
+def add_update(base, bias, update, dtype, pdl, early=False):
+    """What ``update`` makes of the base's y (M, N), or of its partial sums (S, M, N), and a bias. early: the launch
+    before promises that all before it is complete."""
     (splits, M, R), r, N = update.h.shape, update.b.shape[1], base.shape[-1]
     width = N // 2 if update.gated else N
     out = torch.empty(M, width, dtype=dtype, device=base.device)
@@ -245,7 +256,7 @@ def add_update(base, bias, update, dtype, pdl):
     _up_kernel[(triton.cdiv(width, block_n), triton.cdiv(M, block_m))](
         base, update.h, update.b, bias, update.residual, out, update.scaling, update.columns, M, N, R, r,
         BASE=base.shape[0] if base.ndim == 3 else 1, SPLITS=splits, RANK=max(16, triton.next_power_of_2(r)),
-        BLOCK_M=block_m, BLOCK_N=block_n, GATED=update.gated, PDL=pdl, num_warps=warps, launch_pdl=pdl,
+        BLOCK_M=block_m, BLOCK_N=block_n, GATED=update.gated, PDL=pdl, EARLY=early, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
 
@@ -272,7 +283,7 @@ def few_rows(
             operands = x, words, weight[1:], bias, first_block, format, config
             base, h = tiled_products(*operands, assembly, a=lora_a)
             update = Update(h, lora_b, scaling, tuple(columns), gated, residual)
-            return add_update(base, bias if base.ndim == 3 else None, update, x.dtype, pdl)
+            return add_update(base, bias if base.ndim == 3 else None, update, x.dtype, pdl, early=pdl)
         if own:
             h = ranks(x, lora_a, pdl, len(words) >= 2 * WIDE_N)
         else:

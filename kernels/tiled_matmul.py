@@ -25,6 +25,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .code_words import aligned
+from .dependent_launch import prefetch
 from .packed_codes import TILE, UNGAIN_BF16, UNGAIN_FP16, decode_quads
 from .packed_matmul import block_scale_of, half_float, per_tile_scales
 
@@ -149,6 +150,7 @@ def tiled_kernel(
     ``across`` on take BLOCK_N rows of a (R, 128 tiles) instead, to h (SPLIT, M, R) float32.
     """
     DTYPE: tl.constexpr = x.dtype if TMA else x.dtype.element_ty
+    A_LINE: tl.constexpr = HALF_TILE if a is None else 1024 // a.dtype.element_ty.primitive_bitwidth
     program, split = tl.program_id(0), tl.program_id(2).to(tl.int64)
     m0 = tl.program_id(1) * BLOCK_M
     m = m0.to(tl.int64) + tl.arange(0, BLOCK_M)
@@ -161,11 +163,14 @@ def tiled_kernel(
     last = tl.minimum(first + steps, tiles)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if a is not None and program >= across:
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
         rank = (program - across) * BLOCK_N + tl.arange(0, BLOCK_N)
         a_rows = a + tl.minimum(rank, R - 1).to(tl.int64)[:, None] * (tiles * 128)
+        if ASSEMBLY:
+            for step in tl.range(2 * first, 2 * last):
+                prefetch(a_rows + step * HALF_TILE + A_LINE * tl.arange(0, HALF_TILE // A_LINE)[None, :])
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         for step in tl.range(2 * first, 2 * last, num_stages=STAGES):
             k = step * HALF_TILE
             weight = tl.load(a_rows + (k + tl.arange(0, HALF_TILE))[None, :]).to(DTYPE)
@@ -184,13 +189,22 @@ def tiled_kernel(
             minima = scales[1]
         pointers = codes + row * (tiles * 16) + lane % 2 * 2, scales[0] + row * tiles, minima + row * tiles
         upper = _pairs(0 * row + lane // 2 * 4, 0 * row + lane // 2 * 4).to(tl.int32)
-        # The weight depends on no earlier kernel.
+        # The weight depends on no earlier kernel. All of it goes to the L2 cache at once: what is on its way to
+        # registers alone would keep but a fraction of the memory's bandwidth busy.
+        if ASSEMBLY:
+            n = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1)[:, None]
+            two = tl.arange(0, 2)[None, :]
+            for tile in tl.range(first + DEPTH, last, 4):
+                prefetch(codes + (n * tiles + tl.minimum(tile + 2 * two, last - 1)) * 16)
+            prefetch(scales[0] + n * tiles + tl.where(two == 0, first, last - 1))
+            if FORMAT == "int4":
+                prefetch(scales[1] + n * tiles + tl.where(two == 0, first, last - 1))
         queue = ()
         for ahead in tl.static_range(DEPTH):
             queue = queue + (_fetch(pointers, tl.minimum(first + ahead, last - 1), FORMAT, ASSEMBLY),)
         if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         for tile in tl.range(first, last, num_stages=STAGES):
             words, raw, raw_minimum = queue[0]
             queue = queue[1:] + (_fetch(pointers, tl.minimum(tile + DEPTH, last - 1), FORMAT, ASSEMBLY),)
