@@ -1,10 +1,13 @@
 """One decoder layer of Qwen2.5-1.5B's shape, NF4 base and live LoRA: forward + backward with recomputation.
 
-Beside it transformers' layer with bitsandbytes' linears and PEFT's adapters under torch's checkpointing, as its
-trainers run it: a batch of equal sequences, so that no padding burdens it; and the same layer with Unsloth's norms,
-rotary embedding, feed-forward block and output projection in their places, as it patches a Qwen2 (whose q, k and v
-have a bias, and stay PEFT's).
+Ours runs as in training, which on a GPU is from the CUDA graphs of ``LayerSteps``, and launch by launch. Beside it
+transformers' layer with bitsandbytes' linears and PEFT's adapters under torch's checkpointing, as its trainers run
+it: a batch of equal sequences, so that no padding burdens it; and the same layer with Unsloth's norms, rotary
+embedding, feed-forward block and output projection in their places, as it patches a Qwen2 (whose q, k and v have a
+bias, and stay PEFT's).
 """
+
+import functools
 
 import cases
 import peer_models
@@ -14,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from comparison import Peer, distance, import_alone
 from float64_model import layer_in_float64, wide_parameters
+from nanogrpo.rollout import pack_tree
 from nanogrpo.rollout.attention import TreeAttention
-from nanogrpo.rollout.recompute import recompute
+from nanogrpo.rollout.layer_steps import padded_tokens
+from nanogrpo.rollout.recompute import LiveStep, recompute, recompute_step
 from torch.utils.checkpoint import checkpoint
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,19 +29,40 @@ LIMITS = {"bfloat16": (2.0**-5, 2.0**-3), "float32": (1e-4, 1e-3)}
 
 
 # Each adapter takes a ``Problem`` and returns (step, leaves): step() -> (T, D), differentiable to leaves: the hidden
-# states and the parameters of the adapters in the order of ``Policy.adapters``.
+# states and the parameters of the adapters in the order of ``Policy.adapters``. More rows than T are padding.
 
 
-def ours(plan_reused):
+def ours():
+    """What ``Policy.score`` makes of a layer: its padding, and the steps of its ``LayerSteps`` where it has them."""
+
     def load(problem):
-        layer, attend = problem.layer, TreeAttention(problem.key_end)
-        others, parameters = (problem.cos, problem.sin), layer.parameters_in_use()
+        policy, layer = problem.policy, problem.layer
+        parameters, rows = layer.parameters_in_use(), len(problem.hidden_states)
+        if policy.steps is not None:
+            policy.steps.clear()  # of other passes, so that all memory that this one takes is seen
+            rows = padded_tokens(rows)
+        others = problem.packed(rows)
+        hidden_states = padded(problem.hidden_states.detach(), rows).requires_grad_()
+
+        @functools.cache  # once a pass, for all its layers; in the first call, where what it keeps is counted
+        def started():
+            steps = policy.steps and policy.steps.start(*others, differentiable=True)
+            return LiveStep(layer, others, parameters) if steps is None else steps[layer.index]
+
+        step = lambda: recompute_step(started(), hidden_states, parameters)
+        return step, [hidden_states, *problem.parameters]
+
+    return load
+
+
+def ours_eager(plan_reused):
+    def load(problem):
+        layer, parameters = problem.layer, problem.layer.parameters_in_use()
+        *angles, attend = problem.packed(len(problem.hidden_states))
 
         def step():
-            nonlocal attend
-            if not plan_reused:
-                attend = TreeAttention(problem.key_end)
-            return recompute(layer, problem.hidden_states, (*others, attend), parameters)
+            plan = attend if plan_reused else TreeAttention(attend.key_end)
+            return recompute(layer, problem.hidden_states, (*angles, plan), parameters)
 
         return step, [problem.hidden_states, *problem.parameters]
 
@@ -106,8 +132,9 @@ def unsloth():
 
 
 PEERS = [
-    Peer("ours", None, ours(True)),
-    Peer("ours, plan included", None, ours(False)),
+    Peer("ours", None, ours),
+    Peer("ours, eager", None, ours_eager(True)),
+    Peer("ours, eager, plan included", None, ours_eager(False)),
     Peer("transformers + PEFT + bitsandbytes", "peft", transformers),
     Peer("transformers + PEFT + bitsandbytes + Unsloth", "unsloth", unsloth, cuda_only=True),
 ]
@@ -125,21 +152,30 @@ class Problem:
         self.layer, config = self.policy.model.layers[0], self.policy.config
         own = {name: p for name, p in self.policy.adapters().items() if ".layers.0." in name}
         self.names, self.parameters = list(own), list(own.values())
-        token = torch.arange(S * L, device=DEVICE)
-        self.key_end = (token // L + 1) * L
-        angles = (token % L)[:, None].float() * self.policy.model.inv_freq
-        self.cos, self.sin = angles.cos(), angles.sin()
         dtype = getattr(torch, case.dtype)
         self.hidden_states = draw(S * L, config.hidden_size).to(dtype).requires_grad_()
         self.upstream = draw(S * L, config.hidden_size).to(dtype)
+
+    def packed(self, rows):
+        """(cos, sin, ``TreeAttention``) of the sequences and of what pads them to ``rows`` tokens."""
+        S, L = self.sizes
+        tree = pack_tree([[0] * L] * S, share_prefix=False).padded(rows).to(DEVICE)
+        angles = tree.positions[:, None].float() * self.policy.model.inv_freq
+        return angles.cos(), angles.sin(), TreeAttention(tree.key_end)
 
     def truth(self):
         """Output and gradients of the hidden states and the adapters, in float64, by the references."""
         wide = wide_parameters(self.parameters)
         hidden_states = self.hidden_states.detach().double().requires_grad_()
-        y = layer_in_float64(self.layer, hidden_states, self.cos, self.sin, self.sizes[1], wide)
+        cos, sin, _ = self.packed(len(hidden_states))
+        y = layer_in_float64(self.layer, hidden_states, cos, sin, self.sizes[1], wide)
         leaves = [hidden_states, *(wide[id(p)] for p in self.parameters)]
         return [y.detach(), *torch.autograd.grad(y, leaves, self.upstream.double())]
+
+
+def padded(x, rows):
+    """x (T, D) with zeros below, of ``rows`` rows."""
+    return F.pad(x, (0, 0, 0, rows - len(x)))
 
 
 @pytest.fixture(scope="module", params=cases.decoder_layer(DEVICE), ids=str)
@@ -149,14 +185,16 @@ def case(request):
 
 def test_decoder_layer(compare, case):
     problem, limits = Problem(case), LIMITS[case.dtype]
-    truth = problem.truth()
+    truth, T = problem.truth(), len(problem.hidden_states)
 
     def call(load):
         forward, leaves = load(problem)
+        rows = leaves[0].numel() // leaves[0].shape[-1]
+        upstream = padded(problem.upstream, rows)
 
         def step():
             y = forward()
-            return y, *torch.autograd.grad(y, leaves, problem.upstream)
+            return y, *torch.autograd.grad(y, leaves, upstream)
 
         return [step]
 
@@ -164,8 +202,8 @@ def test_decoder_layer(compare, case):
         y, dx, *grads = result
         errors = [distance(got, want, limits[1]) for got, want in zip(grads, truth[2:], strict=True)]
         return {
-            "error": distance(y, truth[0], limits[0]),
-            "dx error": distance(dx.reshape(truth[1].shape), truth[1], limits[1]),
+            "error": distance(y[:T], truth[0], limits[0]),
+            "dx error": distance(dx.flatten(0, -2)[:T], truth[1], limits[1]),
             "adapters' error": max(errors, key=lambda error: (error.value != error.value, error.value)),
         }
 

@@ -1,4 +1,7 @@
-"""lora_linear over an NF4 base, forward and backward, beside other QLoRA linears; the floor is a dense linear."""
+"""lora_linear over an NF4 base, forward and backward, beside other QLoRA linears; the floor is a dense linear.
+
+Launch by launch, where the host may be what a call waits for, and as CUDA graphs, as training runs a layer.
+"""
 
 import cases
 import peer_models
@@ -108,7 +111,11 @@ def case(request):
     return request.param
 
 
-def test_lora_linear(compare, case):
+@pytest.mark.parametrize("mode", ["forward + backward", "forward + backward, CUDA graph"])
+def test_lora_linear(compare, case, mode):
+    graph = mode.endswith("CUDA graph")
+    if graph and DEVICE != "cuda":
+        pytest.skip("no CUDA graph without CUDA")
     problem = Problem(case)
     M, K, N, r = (case.shape[name] for name in ("M", "K", "N", "r"))
     truth, limits = problem.truth(), LIMITS[case.dtype]
@@ -134,7 +141,7 @@ def test_lora_linear(compare, case):
 
     size = problem.x.element_size()
     compare(
-        case, "forward + backward", peers=PEERS, call=call, verify=verify, floor=("dense linear", dense),
+        case, mode, peers=PEERS, call=call, verify=verify, floor=("dense linear", dense), graph=graph,
         flops=4 * M * N * K + 2 * M * r * (3 * N + 4 * K),
         nbytes=2 * (N * K // 2 + N * K // 16) + size * M * (3 * K + 2 * N) + 8 * r * (N + K),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Beside it transformers' model with bitsandbytes' linears, PEFT's adapters and torch's checkpointing, which gets the
 same sequences as a batch without padding. Where sequences share a prompt, the contender is the same pass without
-sharing.
+sharing. Micro-batches are cut as the trainer cuts them, for all contenders, and their gradients added up.
 """
 
 import cases
@@ -13,6 +13,7 @@ import pytest
 import torch
 from comparison import Error, Peer, distance
 from float64_model import logprobs_in_float64, wide_parameters
+from nanogrpo.rollout import split_by_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Plainly wrong: error of a log-prob; relative norm of the error of all gradients as one vector.
@@ -22,20 +23,21 @@ LIMITS = {"bfloat16": (0.5, 0.25), "float32": (1e-3, 1e-3)}
 # Each adapter takes a ``Problem`` and returns step() -> (log-probs (S, C), gradients in the order of the adapters).
 
 
-def ours(share_prefix):
+def ours(share_prefix=False, at_once=False):
     def load(problem):
         policy = problem.policy
         mask = torch.zeros(problem.ids.shape, dtype=torch.bool)
         mask[:, problem.prompt :] = True
         ids, parameters = problem.ids.cpu(), list(policy.adapters().values())
         policy.model.checkpoint_layers = True
+        if policy.steps is not None:
+            policy.steps.clear()  # of other passes, so that all memory that this one takes is seen
 
-        def step():
-            logprobs = policy.score(ids, mask, share_prefix=share_prefix)[:, problem.prompt :]
-            logprobs.backward(problem.upstream)
-            return logprobs.detach(), taken(parameters)
+        def score(rows):
+            return policy.score(ids[rows], mask[rows], share_prefix=share_prefix)[:, problem.prompt :]
 
-        return step
+        budget = 0 if at_once else problem.budget
+        return lambda: trained(problem, score, parameters, budget, share_prefix)
 
     return lambda: load
 
@@ -53,36 +55,44 @@ def transformers():
         targets, dtype = problem.ids[:, problem.prompt :], problem.policy.dtype
         kept = targets.shape[1] + 1
 
-        def step():
+        def score(rows):
             with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-                logits = model(problem.ids, logits_to_keep=kept, use_cache=False).logits[:, :-1]
-            logprobs = logits.float().log_softmax(-1).gather(2, targets[..., None])[..., 0]
-            logprobs.backward(problem.upstream)
-            return logprobs.detach(), taken(parameters)
+                logits = model(problem.ids[rows], logits_to_keep=kept, use_cache=False).logits[:, :-1]
+            return logits.float().log_softmax(-1).gather(2, targets[rows][..., None])[..., 0]
 
-        return step
+        return lambda: trained(problem, score, parameters, problem.budget)
 
     return load
 
 
-def taken(parameters):
-    """Their gradients, which the next pass shall not add to."""
+def trained(problem, score, parameters, budget, share_prefix=False):
+    """(log-probs, gradients) by ``score(rows)``, in micro-batches of ``budget`` tokens, 0: in one."""
+    found, runs = [], [range(len(problem.ids))]
+    if budget:
+        runs = split_by_budget(problem.sequences, budget, share_prefix=share_prefix)
+    for run in runs:
+        rows = slice(run[0], run[-1] + 1)
+        logprobs = score(rows)
+        logprobs.backward(problem.upstream[rows])
+        # The trainer reads a micro-batch's log-probs before it goes on to the next.
+        found.append(logprobs.detach().cpu() if budget else logprobs.detach())
     grads = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    return grads
+    return torch.cat(found), grads
 
 
-PEERS = {
-    False: [
-        Peer("ours", None, ours(share_prefix=False)),
-        Peer("transformers + PEFT + bitsandbytes", "peft", transformers, rounds=3),
-    ],
-    True: [
-        Peer("ours", None, ours(share_prefix=True)),
-        Peer("ours, prompt repeated", None, ours(share_prefix=False)),
-    ],
-}
+THEIRS = Peer("transformers + PEFT + bitsandbytes", "peft", transformers, rounds=3)
+
+
+def peers(training):
+    if training.shared:
+        return [
+            Peer("ours", None, ours(share_prefix=True)),
+            Peer("ours, prompt repeated", None, ours()),
+        ]
+    at_once = [Peer("ours, all at once", None, ours(at_once=True))] if training.budget else []
+    return [Peer("ours", None, ours()), *at_once, THEIRS]
 
 
 class Problem:
@@ -90,12 +100,13 @@ class Problem:
 
     def __init__(self, training):
         self.policy = policies.policy_of(training.model, "nf4", training.r, DEVICE, spread=0.01)
-        self.prompt, vocab = training.prompt, self.policy.config.vocab_size
+        self.prompt, self.budget, vocab = training.prompt, training.budget, self.policy.config.vocab_size
         generator = torch.Generator(DEVICE).manual_seed(0)
         shape = training.sequences, training.length
         self.ids = torch.randint(vocab, shape, generator=generator, device=DEVICE)
         if training.shared:
             self.ids[:, : self.prompt] = self.ids[:1, : self.prompt]
+        self.sequences = self.ids.tolist()
         completions = shape[0], shape[1] - self.prompt
         self.upstream = torch.randn(completions, generator=generator, device=DEVICE)
 
@@ -134,7 +145,7 @@ def test_training(compare, training):
     def verify(result):
         got, got_grads = result
         return {
-            "log-prob error": Error((got - logprobs).abs().max().item(), limits[0]),
+            "log-prob error": Error((got.to(DEVICE) - logprobs).abs().max().item(), limits[0]),
             "gradient error": distance(flat(got_grads), whole, limits[1]),
         }
 
@@ -159,7 +170,7 @@ def test_training(compare, training):
     width = config.num_attention_heads * config.head_dim
     head = S * (L - P) * 4 * config.hidden_size * config.vocab_size
     compare(
-        case, "forward + backward, recomputed", peers=PEERS[training.shared], call=call, verify=verify,
+        case, "forward + backward, recomputed", peers=peers(training), call=call, verify=verify,
         flops=tokens * (6 * linears + 8 * adapted) + 18 * pairs * width * config.num_hidden_layers + head,
         nbytes=3 * linears // 2 + policy.model.head.nbytes, work=("tokens", S * L), facts=facts_of_ours,
         rounds={"warmup": 1, "fewest": 5},

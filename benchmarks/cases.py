@@ -300,7 +300,7 @@ def ranks(device):
 
 class Training(NamedTuple):
     """A model's forward and backward pass under LoRA of rank r: ``sequences`` of ``length`` tokens, of which the
-    first ``prompt`` are not scored; ``shared``: they are one prompt."""
+    first ``prompt`` are not scored; ``shared``: they are one prompt; ``budget``: tokens of a micro-batch (0: all)."""
 
     model: str
     r: int
@@ -308,24 +308,32 @@ class Training(NamedTuple):
     prompt: int
     length: int
     shared: bool
+    budget: int = 0
 
     def __str__(self):
         own = self.length - self.prompt * self.shared
         prompt = f"{self.prompt} shared + " * self.shared
-        return f"{self.model}, r={self.r}, {prompt}{self.sequences} x {own} tokens"
+        budget = f" in micro-batches of {self.budget}" * (self.budget > 0)
+        return f"{self.model}, r={self.r}, {prompt}{self.sequences} x {own} tokens{budget}"
 
     def case(self, device):
-        sizes = {name: getattr(self, name) for name in ("sequences", "prompt", "length", "r")}
+        names = ["sequences", "prompt", "length", "r"] + ["budget"] * (self.budget > 0)
+        sizes = {name: getattr(self, name) for name in names}
         return Case(str(self), "bfloat16" if device == "cuda" else "float32", sizes)
 
 
 def training(device):
-    """Whole models: packed sequences, and a group that shares its prompt."""
+    """Whole models: packed sequences, at once and in micro-batches, and a group that shares its prompt."""
     if device == "cpu":
-        return [Training("tiny-qwen2", 8, 2, 8, 24, False), Training("tiny-qwen2", 8, 3, 20, 30, True)]
+        return [
+            Training("tiny-qwen2", 8, 2, 8, 24, False),
+            Training("tiny-qwen2", 8, 5, 8, 24, False, budget=48),
+            Training("tiny-qwen2", 8, 3, 20, 30, True),
+        ]
     return [
         Training("Qwen2.5-1.5B", 64, 8, 128, 328, False),
         Training("Qwen2.5-1.5B", 64, 8, 128, 1152, False),
+        Training("Qwen2.5-1.5B", 64, 8, 128, 1152, False, budget=2304),
         Training("Qwen2.5-1.5B", 64, 16, 1024, 1536, True),
     ]
 

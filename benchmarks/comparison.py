@@ -115,7 +115,8 @@ def compare(
         verify: verify(result of one such callable) -> {name: ``Error``}.
         flops, nbytes: the least work: operations, and bytes read and written once.
         floor: (name, callable): what the operation cannot beat, raced with the others.
-        graph: replay CUDA graphs instead of launching.
+        graph: replay CUDA graphs instead of launching; a contender that none can hold does not run, and the results
+            of a replay are held against the truth as well.
         drive: see ``Race.run``.
         work: (unit, amount) that one callable does, shown as a rate: ("tokens", 1600).
         facts: facts(contenders so far) -> {name: number, or {part: number}}, what else is worth keeping of ours.
@@ -123,6 +124,12 @@ def compare(
         seconds: of rounds, as many as fit; default ``SECONDS``.
     """
     results, laps = {}, {}
+
+    def replayed(result):
+        """A graph that lacks what a contender launched on another stream would be fast."""
+        if reason := wrong(verify(result)):
+            raise ValueError(f"replayed: {reason}")
+
     if floor is not None:
         laps[floor[0]] = lap_of([floor[1]], graph=graph)
         floor[1]()  # the libraries' workspaces are no contender's memory
@@ -137,7 +144,7 @@ def compare(
             if (
                 "failed" not in result and peer.rounds != 1
             ):  # a peer that no graph can hold is out, here already
-                laps[peer.name] = lap_of(lap, graph=graph)
+                laps[peer.name] = lap_of(lap, graph=graph, check=replayed)
         except Exception as error:
             if position == 0:
                 raise
@@ -171,15 +178,20 @@ def _examine(lap, verify, device, *, once):
     else:
         result = lap()
     errors = verify(result)
-    wrong = [f"{name} {error.value:.1e}" for name, error in errors.items() if not error.value <= error.limit]
-    if wrong:
-        return {"failed": "wrong: " + ", ".join(wrong)}
+    if reason := wrong(errors):
+        return {"failed": reason}
     del result
     if not once:
         gc.collect()
         kept = allocated(device) - before
         peak = kept + peak_bytes(lap, device)
     return {"errors": {name: error.value for name, error in errors.items()}, "extra": peak, **times}
+
+
+def wrong(errors):
+    """What is plainly wrong of {name: ``Error``}, or None."""
+    beyond = [f"{name} {error.value:.1e}" for name, error in errors.items() if not error.value <= error.limit]
+    return "wrong: " + ", ".join(beyond) if beyond else None
 
 
 def slug(device_name):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
 
 class Lap(NamedTuple):
@@ -29,10 +30,15 @@ class Lap(NamedTuple):
     reads: object = None
 
 
-def lap_of(copies, *, graph=False):
-    """The ``Lap`` over callables without arguments, one for each copy of the inputs; ``graph``: as one CUDA graph."""
+def lap_of(copies, *, graph=False, check=None):
+    """The ``Lap`` over callables without arguments, one for each copy of the inputs.
+
+    graph: as one CUDA graph, of which ``check`` gets the first copy's result as a replay computes it.
+    """
     call = lambda: [copy() for copy in copies]
-    return Lap(captured(call) if graph else call, len(copies), copies)
+    if graph:
+        call = captured(call, check and (lambda results: check(results[0])))
+    return Lap(call, len(copies), copies)
 
 
 class Race:
@@ -105,8 +111,8 @@ def spread(samples):
     return {"ms": statistics.median(samples), "p20": cuts[0], "p80": cuts[3], "rounds": len(samples)}
 
 
-def captured(call):
-    """What replays ``call()`` as one CUDA graph."""
+def captured(call, check=None):
+    """What replays ``call()`` as one CUDA graph; ``check`` gets what a replay has written over NaN."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compilation and handles must exist before the capture
@@ -115,7 +121,14 @@ def captured(call):
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        results = call()
+    if check is not None:
+        with torch.inference_mode():
+            for tensor in tree_leaves(results):
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                    tensor.data.fill_(math.nan)  # else what the capture itself left there could pass
+        graph.replay()
+        check(results)
     return graph.replay
 
 
@@ -144,8 +157,18 @@ def poison(device):
 
 
 def allocated(device):
-    """Bytes of device memory in use now; 0 on the CPU, where only ``peak_bytes`` can count."""
-    return torch.cuda.memory_allocated() if device == "cuda" else 0
+    """Bytes of device memory in use now, all that captured graphs work in among them.
+
+    0 on the CPU, where only ``peak_bytes`` can count.
+    """
+    if device != "cuda":
+        return 0
+    unseen = sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if any(segment["segment_pool_id"])  # not the common pool, (0, 0)
+    )
+    return torch.cuda.memory_allocated() + unseen
 
 
 def peak_bytes(call, device):

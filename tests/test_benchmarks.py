@@ -1,5 +1,6 @@
 """The benchmark harness: what it measures, what it refuses to time, and that BENCHMARKS.md renders its records."""
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -20,6 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nanogrpo.kernels import fused_linear_logprob
 from nanogrpo.rollout.checkpoint import open_checkpoint, resolve_checkpoint
+from nanogrpo.rollout.layer_steps import TOKENS, LayerSteps
+from tiny import KeptSteps
 
 MIB = 2**20
 TINY = cases.Case("tiny head", "float32", {"N": 13, "D": 16, "V": 301})
@@ -172,13 +175,84 @@ def test_a_slow_peer_is_called_once_and_then_timed():
 
 
 def test_what_a_graph_reads_outlives_it(monkeypatch):
-    monkeypatch.setattr(measurement, "captured", lambda call: lambda: None)  # a graph holds addresses alone
+    monkeypatch.setattr(measurement, "captured", lambda *call: lambda: None)  # a graph holds addresses alone
     x = torch.zeros(1)
     lap, alive = measurement.lap_of([lambda x=x: x + 1], graph=True), weakref.ref(x)
     del x
     assert alive() is not None and lap.copies == 1
     del lap
     assert alive() is None
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Stands in for CUDA's graphs: a replay computes the last captured call again, into the tensors it returned."""
+
+    class Graph:
+        def replay(self):
+            for result, operation in captured:
+                result.copy_(operation())
+
+    captured, nothing = [], lambda *arguments, **options: contextlib.nullcontext()
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": nothing, "graph": nothing,
+        "CUDAGraph": Graph,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return captured
+
+
+def test_what_a_graph_has_missed_is_wrong(captures):
+    def replayed(missed):
+        """A peer whose graph computes its result, or nothing."""
+
+        def operation():
+            result = torch.ones(2)
+            captures[:] = [] if missed else [(result, lambda: torch.ones(2))]
+            return result
+
+        return lambda: operation
+
+    arguments = {"graph": True, "flops": 1, "nbytes": 1, "call": lambda operation: [operation]}
+    arguments["verify"] = lambda result: {"error": comparison.distance(result, torch.ones(2).double(), 0.5)}
+    peers = [Peer("ours", None, replayed(False)), Peer("missed", None, replayed(True))]
+    found = comparison.compare(TINY, "forward", "cpu", peers=peers, **arguments)["contenders"]
+    assert "ms" in found["ours"] and found["missed"]["failed"] == "ValueError: replayed: wrong: error nan"
+    with pytest.raises(ValueError, match="replayed: wrong"):
+        comparison.compare(TINY, "forward", "cpu", peers=peers[::-1], **arguments)
+
+
+def test_the_memory_of_graphs_is_in_use(monkeypatch):
+    segments = [((0, 0), 100, 40), ((0, 3), 50, 20), ((1, 0), 7, 0)]
+    names = "segment_pool_id", "total_size", "allocated_size"
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 60)
+    monkeypatch.setattr(
+        torch.cuda,
+        "memory_snapshot",
+        lambda: [dict(zip(names, segment, strict=True)) for segment in segments],
+    )
+    assert measurement.allocated("cuda") == 60 + 30 + 7 and measurement.allocated("cpu") == 0
+
+
+def test_a_layer_as_trained_runs_from_captured_steps(monkeypatch):
+    """The path of a GPU: padded rows, a graph for each direction, and the truth's values."""
+    module = importlib.import_module("bench_decoder_layer")
+    policy, found = module.Problem(LAYER).policy, []
+    steps = LayerSteps(policy, graphs=False)
+    steps.graphs = KeptSteps()
+    monkeypatch.setattr(policy, "steps", steps)
+
+    def compare(case, mode, *, call, verify, **others):
+        [step] = call(module.ours())
+        for _ in range(2):
+            y, dx, *gradients = step()
+            assert len(y) == len(dx) == TOKENS > LAYER.shape["sequences"] * LAYER.shape["length"]
+            found.append(verify((y, dx, *gradients)))
+
+    module.test_decoder_layer(compare, LAYER)
+    assert found[0] == found[1] and comparison.wrong(found[0]) is None
+    assert {key[:2] for key in steps.graphs.captured} == {("forward", TOKENS), ("backward", TOKENS)}
 
 
 def test_a_process_is_ended_in_time_and_what_it_printed_counts(tmp_path):
@@ -321,7 +395,7 @@ SMALL = {
             ("sample_tokens", "forward"),
         )
     ],
-    "lora_linear": [{"case": case(M=20, K=64, N=128, r=4)}],
+    "lora_linear": [{"case": case(M=20, K=64, N=128, r=4), "mode": "forward + backward"}],
     "decode_linears": [
         {"case": cases.decode_linears("cpu")[0], "name": name} for name in ("qkv_proj", "gate_up_proj", "down_proj")
     ],
@@ -338,7 +412,7 @@ PEERS_HERE = {
     "matmul_4bit": ["BLAS"],
     "lora_linear": ["PEFT + bitsandbytes", "torch over a dense base"],
     "decode_linears": ["PEFT + bitsandbytes", "dense linear"],
-    "decoder_layer": ["transformers + PEFT + bitsandbytes", "ours, plan included"],
+    "decoder_layer": ["transformers + PEFT + bitsandbytes", "ours, eager", "ours, eager, plan included"],
     "tree_attention": ["torch SDPA with a mask", "ours, prefix repeated"],
     "paged_attention": [
         "torch SDPA, contiguous keys",
