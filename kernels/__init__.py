@@ -1,6 +1,7 @@
 """Tensors in, tensors out: the operations that make GRPO fit and run fast. Needs torch and triton, nothing else."""
 
 from .decode_rows import advance_rows
+from .embedding import embed
 from .head_sampling import sample_from_head
 from .kv_store import store_kv
 from .linear_logprob import LogprobOutput, fused_linear_logprob
@@ -21,6 +22,7 @@ __all__ = [
     "append_attention",
     "counter_uniform",
     "dequantize_4bit",
+    "embed",
     "fused_linear_logprob",
     "lora_linear",
     "lora_linear_stacked",

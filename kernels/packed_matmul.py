@@ -167,16 +167,13 @@ def packed_kernel(
     m = tl.minimum(m0 + x_index // (8 * WARPS) * 8 + x_index % 8, M - 1)
     x_rows = x + m.to(tl.int64) * (tiles * 128) + element
     ones = tl.full((WARPS, 16, 16), 1.0, DTYPE)
-    if PDL:
-        if not LATE:
-            tl.extra.cuda.gdc_launch_dependents()
-        # The weight depends on no earlier kernel. All of it goes to the L2 cache at once: what is on its way to
-        # registers alone would keep but a part of the memory's bandwidth busy.
-        for ahead in range(DEPTH if LATE else 0, steps):
-            for g in tl.static_range(ROWS):
+    if PDL and not LATE:
+        tl.extra.cuda.gdc_launch_dependents()
+        # The weight depends on no earlier kernel: its first tiles go to the L2 cache while the last one ends.
+        for g in tl.static_range(ROWS):
+            for ahead in tl.static_range(DEPTH + 1):
                 prefetch(code_begins[g] + tl.minimum(tile_of_row + ahead * STRIDE, tiles - 1) * 16)
-        if not LATE:
-            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()
     b_rows, parts = (), ()
     if b is not None:
         for g in tl.static_range(ROWS):

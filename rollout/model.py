@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import rms_norm
+from ..kernels import embed, rms_norm
 from .linear import STACKS, StackedLinear, share_stacks
 from .recompute import LiveStep, PinnedStore, recompute_step
 
@@ -119,9 +119,8 @@ class Transformer(nn.Module):
 
         Returns normalised hidden states (T, D).
         """
-        angles = positions[:, None].float() * self.inv_freq
-        others = angles.cos(), angles.sin(), attend
-        hidden_states = F.embedding(input_ids, self.embedding)
+        hidden_states, cos, sin = embed(input_ids, positions, self.embedding, self.inv_freq)
+        others = cos, sin, attend
         parameters = [()] * len(self.layers)
         if torch.is_grad_enabled():
             parameters = [layer.parameters_in_use() for layer in self.layers]
