@@ -29,6 +29,7 @@ from .dependent_launch import prefetch
 from .packed_codes import TILE, UNGAIN_BF16, UNGAIN_FP16, decode_quads
 from .packed_matmul import block_scale_of, half_float, per_tile_scales
 
+MOST_SPLITS = 10  # of K: more cost more in partial sums than they gain
 HALF_TILE = tl.constexpr(64)  # elements of K in a product: a whole tile would take twice the registers
 
 # Word 4 s + 2 v + l of a tile holds, at nibble 2 a + u, element 32 a + 8 s + 4 u + 2 v + l. Tensor cores want lane
@@ -256,7 +257,7 @@ def tile_plan(N, tiles, config):
     """Programs over N, tiles of K a program and splits of K, from N and K alone."""
     across = triton.cdiv(N, config.block_n)
     # the nearest number of splits, and two tiles of K at least a program, as in ``packed_matmul.plan``
-    splits = min((2 * config.programs + across) // (2 * across), tiles // 2)
+    splits = min((2 * config.programs + across) // (2 * across), tiles // 2, MOST_SPLITS)
     steps = triton.cdiv(tiles, max(1, splits))
     return across, steps, triton.cdiv(tiles, steps)
 
