@@ -354,13 +354,16 @@ def packed_products(
         (splits, _, R), r = update.h.shape, update.b.shape[1]
     if update.gated:
         rows, across = 2, triton.cdiv(N // 2, 16)
-    # Tiles of K as soon as possible where programs are few; elsewhere the registers for it cost resident programs.
-    depth = 1
-    if columns == rows == 1 and across <= FEW_PROGRAMS and steps >= 3:
-        depth = 2 if format == "int4" else 4 if warps == 8 else 3
-    # A multiprocessor has 2048 registers for each of a program's lanes; three gated programs are to be resident, and
-    # beside one of eight warps those of the launch before it.
-    registers = min(160 if update.gated or warps == 8 else 256, 2048 // warps)
+    # Tiles of K as soon as possible where programs are few, and room on a multiprocessor for them beside the launch
+    # before; elsewhere the registers for more tiles cost resident programs. A program has 2048 for each of its warps'
+    # share of a lane at most, and three gated programs are to be resident.
+    depth, registers = 1, min(256, 2048 // warps)
+    if rows == 1 and across <= FEW_PROGRAMS and steps >= 3 and (columns == 1 or update.b is not None):
+        depth = 2 if columns > 1 or format == "int4" else 4 if warps == 8 else 3
+        if update.b is not None:
+            registers = 128 if columns == 1 and warps < 8 else 160
+    elif update.gated or warps == 8:
+        registers = 160
     registers = registers if registers < 256 else None
     out = x.new_empty(M, N // 2 if update.gated else N)
     if split > 1:
