@@ -25,7 +25,7 @@ from nanogrpo.rollout.random_weights import find_shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIMIZER = "adamw_offload"
-SLOWEST = 100  # seconds that a case may take: then the steps done so far count
+SLOWEST = 240  # seconds that a case may take: then the steps done so far count
 # Sampler and trainer round differently; a log-prob that differs by more is plainly wrong.
 LIMITS = {"bfloat16": 0.5, "float32": 1e-4}
 
