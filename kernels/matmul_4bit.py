@@ -48,10 +48,10 @@ VECTOR_CONFIGS = {80: (4, 16, 4, 1, 512)}  # of the vector route, which keeps no
 _FEW = (False, 4, 1, 2, 1024)
 _MORE, _MOST = (True, 4, 2, 4, 264), (True, 4, 2, 4, 132)
 _TILES = {
-    32: TileConfig(32, 64, warps=4, stages=3, depth=1, programs=528, pdl=True, tma=True),
-    64: TileConfig(64, 64, warps=4, stages=3, depth=1, programs=264, pdl=True, tma=True),
-    128: TileConfig(128, 64, warps=4, stages=2, depth=1, programs=264, pdl=True, tma=True),
-    256: TileConfig(128, 64, warps=4, stages=2, depth=1, programs=132, pdl=True, tma=True),
+    32: TileConfig(32, 64, warps=4, stages=2, unroll=1, programs=528, pdl=True),
+    64: TileConfig(64, 64, warps=4, stages=2, unroll=2, programs=264, pdl=True),
+    128: TileConfig(128, 64, warps=4, stages=2, unroll=1, programs=264, pdl=True),
+    256: TileConfig(128, 64, warps=4, stages=2, unroll=1, programs=132, pdl=True),
 }
 _UNTILED = lambda pdl: {
     "nf4": {16: Config(*_FEW, pdl), 32: Config(*_MORE, pdl), 64: Config(*_MOST, pdl)},

@@ -2,9 +2,9 @@
 
 A program takes BLOCK_N rows of W and BLOCK_M rows of x. It computes out^T = W @ x^T, so that decoded weights are the
 operand that tensor cores take from registers (WGMMA on Hopper), and x the one that they take from shared memory,
-where it comes by asynchronous copies, STAGES tiles deep. Codes and scales go from global memory straight to the lane
-that decodes them, DEPTH tiles of 128 elements of K ahead: they meet no shared memory and no barrier. K is split over
-programs where N alone does not fill the card.
+where it comes by asynchronous copies, STAGES turns of the loop deep. Codes and scales go from global memory straight
+to the lane that decodes them, UNROLL tiles of 128 elements of K ahead, as many as a turn takes: they meet no shared
+memory and no barrier. K is split over programs where N alone does not fill the card.
 
     nf4    acc += (GAIN code_book[codes] * (scale_b / GAIN)) @ x_b
     int4   acc += (scale_b codes + minimum_b) @ x_b
@@ -14,7 +14,7 @@ with the weights rounded to x's dtype as ``dequantize_4bit`` rounds them (nf4: b
 fixed order. Beside the products h = x A^T may be made in the same launch, for a dense A (R, K) in its own dtype,
 rounded to x's. Bytes: N K / 2 codes and the scales once for each BLOCK_M rows, x once for each BLOCK_N columns
 (through the L2 cache), SPLIT M (N + R) 4 twice for partial sums where K is split. FLOPs: 2 M (N + R) K. A row's
-result depends on that row, N, K and the configuration alone, BLOCK_M, STAGES and DEPTH excepted.
+result depends on that row, N, K and the configuration alone, BLOCK_M, STAGES and UNROLL excepted.
 """
 
 from typing import NamedTuple
@@ -130,27 +130,27 @@ def _settled(acc, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def _x_tile(x, rows, m0, k, TMA: tl.constexpr):
-    """HALF_TILE elements of BLOCK_M rows of x from k on, transposed."""
-    if TMA:
+def _x_tile(x, rows, m0, k, K, ASSEMBLY: tl.constexpr):
+    """HALF_TILE elements of BLOCK_M rows of x from k on, transposed; from K on zeros."""
+    if ASSEMBLY:
         tile = x.load([m0, k])
     else:
-        tile = tl.load(rows + k)
+        tile = tl.load(rows + k, mask=k < K, other=0)
     return tl.trans(tile)
 
 
 @triton.jit(do_not_specialize=["M", "across", "tiles", "steps", "first_block"])
 def tiled_kernel(
     x, codes, scales, bias, out, a, h, M, N, R, across, tiles, steps, first_block,
-    FORMAT: tl.constexpr, PARTIAL: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, DEPTH: tl.constexpr,
+    FORMAT: tl.constexpr, PARTIAL: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of x @ W.T over ``steps`` tiles of K: ``out`` (M, N) with bias or partial sums (SPLIT, M, N).
 
-    x: a descriptor (TMA) or pointer of (M, 128 tiles); codes, scales as those of ``packed_kernel``. Programs from
-    ``across`` on take BLOCK_N rows of a (R, 128 tiles) instead, to h (SPLIT, M, R) float32.
+    x: a descriptor (ASSEMBLY) or pointer of (M, 128 tiles); codes, scales as those of ``packed_kernel``.
+    Programs from ``across`` on take BLOCK_N rows of a (R, 128 tiles) instead, to h (SPLIT, M, R) float32.
     """
-    DTYPE: tl.constexpr = x.dtype if TMA else x.dtype.element_ty
+    DTYPE: tl.constexpr = x.dtype if ASSEMBLY else x.dtype.element_ty
     A_LINE: tl.constexpr = HALF_TILE if a is None else 1024 // a.dtype.element_ty.primitive_bitwidth
     program, split = tl.program_id(0), tl.program_id(2).to(tl.int64)
     m0 = tl.program_id(1) * BLOCK_M
@@ -158,7 +158,7 @@ def tiled_kernel(
     n0 = program.to(tl.int64) * BLOCK_N
     # Rows past M and columns past N are copies of the last (by descriptor: zeros) and not stored.
     x_rows = x
-    if not TMA:
+    if not ASSEMBLY:
         x_rows = x + tl.minimum(m, M - 1)[:, None] * (tiles * 128) + tl.arange(0, HALF_TILE)[None, :]
     first = tl.program_id(2) * steps
     last = tl.minimum(first + steps, tiles)
@@ -175,7 +175,7 @@ def tiled_kernel(
         for step in tl.range(2 * first, 2 * last, num_stages=STAGES):
             k = step * HALF_TILE
             weight = tl.load(a_rows + (k + tl.arange(0, HALF_TILE))[None, :]).to(DTYPE)
-            acc = tl.dot(weight, _x_tile(x, x_rows, m0, k, TMA), _settled(acc, ASSEMBLY))
+            acc = tl.dot(weight, _x_tile(x, x_rows, m0, k, tiles * 128, ASSEMBLY), _settled(acc, ASSEMBLY))
         inside = (m < M)[None, :] & (rank < R)[:, None]
         tl.store(h + (split * M + m)[None, :] * R + rank[:, None], acc, mask=inside)
     else:
@@ -195,43 +195,47 @@ def tiled_kernel(
         if ASSEMBLY:
             n = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1)[:, None]
             two = tl.arange(0, 2)[None, :]
-            for tile in tl.range(first + DEPTH, last, 4):
+            for tile in tl.range(first + UNROLL, last, 4):
                 prefetch(codes + (n * tiles + tl.minimum(tile + 2 * two, last - 1)) * 16)
             prefetch(scales[0] + n * tiles + tl.where(two == 0, first, last - 1))
             if FORMAT == "int4":
                 prefetch(scales[1] + n * tiles + tl.where(two == 0, first, last - 1))
         queue = ()
-        for ahead in tl.static_range(DEPTH):
+        for ahead in tl.static_range(UNROLL):
             queue = queue + (_fetch(pointers, tl.minimum(first + ahead, last - 1), FORMAT, ASSEMBLY),)
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-        for tile in tl.range(first, last, num_stages=STAGES):
-            words, raw, raw_minimum = queue[0]
-            queue = queue[1:] + (_fetch(pointers, tl.minimum(tile + DEPTH, last - 1), FORMAT, ASSEMBLY),)
-            block = (row * tiles + tile) * 2 + first_block
-            quads = ()
-            for s in tl.static_range(4):
-                both = _pairs(words[2 * s], words[2 * s + 1])
-                quads = quads + (decode_quads(both, upper, DTYPE, FORMAT != "int4", ASSEMBLY),)
-            for half in tl.static_range(2):
-                runs = ()
+        for turn in tl.range(first, last, UNROLL, num_stages=STAGES):
+            for u in tl.static_range(UNROLL):
+                # Past the last tile stands that one again, and x is zero.
+                tile = tl.minimum(turn + u, last - 1)
+                k = tl.where(turn + u < last, tile, tiles) * 128
+                words, raw, raw_minimum = queue[0]
+                block = (row * tiles + tile) * 2 + first_block
+                quads = ()
                 for s in tl.static_range(4):
-                    pair = ()
-                    for i in tl.static_range(2):
-                        number = 2 * half + i if FORMAT == "int4" else half
-                        scale = _block_scale(scales, raw, block, number, FORMAT, DTYPE, ASSEMBLY)
-                        minimum = half_float(raw_minimum, 16 * number) if FORMAT == "int4" else scale
-                        pair = pair + (
-                            _scaled(quads[s][2 * half + i], scale, minimum, DTYPE, FORMAT, ASSEMBLY),
-                        )
-                    runs = runs + (tl.join(pair[0], pair[1]),)
-                weight = tl.join(tl.join(runs[0], runs[1]), tl.join(runs[2], runs[3]))
-                # columns (2 lane + l, i, s % 2, s // 2) to (i, s // 2, s % 2, 2 lane + l)
-                weight = weight.reshape(REPEATS, 2, WARPS, 8, 8, 2, 2, 2).permute(0, 2, 1, 3, 5, 7, 6, 4)
-                weight = weight.reshape(BLOCK_N, HALF_TILE)
-                x_tile = _x_tile(x, x_rows, m0, tile * 128 + half * HALF_TILE, TMA)
-                acc = tl.dot(weight, x_tile, _settled(acc, ASSEMBLY))
+                    both = _pairs(words[2 * s], words[2 * s + 1])
+                    quads = quads + (decode_quads(both, upper, DTYPE, FORMAT != "int4", ASSEMBLY),)
+                following = tl.minimum(turn + u + UNROLL, last - 1)
+                queue = queue[1:] + (_fetch(pointers, following, FORMAT, ASSEMBLY),)
+                for half in tl.static_range(2):
+                    runs = ()
+                    for s in tl.static_range(4):
+                        pair = ()
+                        for i in tl.static_range(2):
+                            number = 2 * half + i if FORMAT == "int4" else half
+                            scale = _block_scale(scales, raw, block, number, FORMAT, DTYPE, ASSEMBLY)
+                            minimum = half_float(raw_minimum, 16 * number) if FORMAT == "int4" else scale
+                            value = quads[s][2 * half + i]
+                            pair = pair + (_scaled(value, scale, minimum, DTYPE, FORMAT, ASSEMBLY),)
+                        runs = runs + (tl.join(pair[0], pair[1]),)
+                    weight = tl.join(tl.join(runs[0], runs[1]), tl.join(runs[2], runs[3]))
+                    # columns (2 lane + l, i, s % 2, s // 2) to (i, s // 2, s % 2, 2 lane + l)
+                    weight = weight.reshape(REPEATS, 2, WARPS, 8, 8, 2, 2, 2).permute(0, 2, 1, 3, 5, 7, 6, 4)
+                    weight = weight.reshape(BLOCK_N, HALF_TILE)
+                    x_tile = _x_tile(x, x_rows, m0, k + half * HALF_TILE, tiles * 128, ASSEMBLY)
+                    acc = tl.dot(weight, x_tile, _settled(acc, ASSEMBLY))
         n = n0 + tl.arange(0, BLOCK_N)
         if bias is not None and not PARTIAL:
             acc += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[:, None]
@@ -240,17 +244,16 @@ def tiled_kernel(
 
 
 class TileConfig(NamedTuple):
-    """How ``tiled_kernel`` divides the work. programs: how many fill the card (they split K); pdl as in ``Config``;
-    tma: x comes by a tensor descriptor."""
+    """How ``tiled_kernel`` divides the work. unroll: tiles a turn where K is not split, otherwise one; programs: how
+    many fill the card (they split K); pdl as in ``Config``."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
-    depth: int
+    unroll: int
     programs: int
     pdl: bool
-    tma: bool
 
 
 def tile_plan(N, tiles, config):
@@ -271,13 +274,13 @@ def tiled_products(x, words, scales, bias, first_block, format, config, assembly
     if a is not None:
         R = len(a)
         h = x.new_empty(split, M, R, dtype=torch.float32)
-    tma = config.tma and assembly
-    source = TensorDescriptor.from_tensor(x, [config.block_m, HALF_TILE.value]) if tma else x
+    source = TensorDescriptor.from_tensor(x, [config.block_m, HALF_TILE.value]) if assembly else x
     grid = across + triton.cdiv(R, config.block_n), triton.cdiv(M, config.block_m), split
     tiled_kernel[grid](
         source, aligned(words), per_tile_scales(scales, format), bias, out, a, h, M, N, R, across, K // TILE, steps,
-        first_block, FORMAT=format, PARTIAL=split > 1, ASSEMBLY=assembly, PDL=config.pdl, TMA=tma,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, WARPS=config.warps, STAGES=config.stages, DEPTH=config.depth,
+        first_block, FORMAT=format, PARTIAL=split > 1, ASSEMBLY=assembly, PDL=config.pdl,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, WARPS=config.warps, STAGES=config.stages,
+        UNROLL=config.unroll if split == 1 else 1,
         num_warps=config.warps, launch_pdl=config.pdl,
     )  # fmt: skip
     return out if a is None else (out, h)

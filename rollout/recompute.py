@@ -10,13 +10,15 @@ import torch
 class PinnedStore:
     """Tensors of one forward pass in pinned CPU memory, copied on another stream while others compute.
 
-    Backward asks for them last to first; whenever it takes one, the one before is already on its way.
+    Backward asks for them last to first; whenever it takes one, the one before is already on its way. The host never
+    gets further ahead of the device than one layer, or the device would hold what has yet to leave.
     """
 
     def __init__(self, stream):
         """stream: one for all stores of a model, since the allocator keeps memory apart for each."""
         self.stream = stream
         self.kept, self.coming = [], {}
+        self.last = None  # an event of the last call of ``keep`` or ``fetch``
 
     def keep(self, x):
         """The index under which ``fetch`` returns x."""
@@ -25,6 +27,7 @@ class PinnedStore:
         with torch.cuda.stream(self.stream):
             pinned.copy_(x, non_blocking=True)
         x.record_stream(self.stream)
+        self._wait_for_last(self.stream)
         self.kept.append(pinned)
         return len(self.kept) - 1
 
@@ -33,9 +36,16 @@ class PinnedStore:
         current = torch.cuda.current_stream(x.device)
         current.wait_stream(self.stream)
         x.record_stream(current)
+        self._wait_for_last(current)
         if index and index - 1 not in self.coming:
             self.coming[index - 1] = self._start(index - 1)
         return x
+
+    def _wait_for_last(self, stream):
+        """Wait until ``stream`` has come to where the last call left it; this one leaves it here."""
+        if self.last is not None:
+            self.last.synchronize()
+        self.last = stream.record_event()
 
     def _start(self, index):
         with torch.cuda.stream(self.stream):

@@ -173,13 +173,13 @@ def test_every_way_to_divide_the_work(over_n, warps, rows):
 
 @pytest.mark.skipif(not INTERPRET, reason="reaches the kernel only under the interpreter")
 @pytest.mark.parametrize("format, double_quant", FORMATS)
-@pytest.mark.parametrize("programs, depth", [(1, 1), (99, 2)])
-def test_tiles_and_the_ranks_beside_them(format, double_quant, programs, depth):
+@pytest.mark.parametrize("programs, unroll", [(1, 1), (1, 2), (1, 4), (99, 2)])
+def test_tiles_and_the_ranks_beside_them(format, double_quant, programs, unroll):
     q, weight = witness(37, 1152, format, double_quant, torch.float16, seed=2)
     codes, scales, _, first_block = q.operands()
     draw = lambda *size: torch.randint(-8, 9, size, generator=torch.Generator().manual_seed(0)).half()
     x, a, bias = draw(65, 1152), draw(24, 1152), draw(37)
-    config = TileConfig(64, 64, 4, 2, depth, programs, False, False)
+    config = TileConfig(64, 64, 4, 2, unroll, programs, False)
     operands = x, codes, scales, bias, first_block, kernel_format(scales), config
     y, h = tiled_products(*operands, assembly=False, a=a)
     assert (y.ndim == 3) == (programs > 1)
@@ -213,12 +213,13 @@ def test_compiles(cc):
 @pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("format, double_quant", FORMATS)
 @pytest.mark.parametrize("M", [32, 64, 256])
-def test_a_warp_group_product_is_awaited(format, double_quant, M):
+@pytest.mark.parametrize("K", [256, 2048])  # in one piece, and split over programs
+def test_a_warp_group_product_is_awaited(format, double_quant, M, K):
     """Weights are its operand from registers, past no shared memory, and ptxas before CUDA 13.3 gives registers away
     while a product still reads them: nothing may come between a product and the wait for it."""
-    codes, scales, quant_block, first_block = made(64, 2048, format, double_quant).packed().operands()
+    codes, scales, quant_block, first_block = made(64, K, format, double_quant).packed().operands()
     with recorded_launches(90) as launches:
-        _matmul_triton(torch.randn(M, 2048).bfloat16(), codes, scales, None, quant_block, first_block)
+        _matmul_triton(torch.randn(M, K).bfloat16(), codes, scales, None, quant_block, first_block)
     (kernel,) = (kernel for name, kernel in launches if name == "tiled_kernel")
     lines = [line for line in kernel.asm["ptx"].split("\n") if "wgmma" in line]
     products = [line for line in lines if "mma_async" in line]

@@ -79,3 +79,37 @@ def test_offloaded_inputs_give_the_same_bits_and_leave_the_device():
     (held, expected), (less, offloaded) = chain(None), chain(PinnedStore(torch.cuda.Stream()))
     assert all(torch.equal(p, q) for p, q in zip(offloaded, expected, strict=True))
     assert held - less > 4.99 * x.nbytes  # the inputs in between, less a few small blocks of the store
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_run_ahead_of_offloaded_inputs():
+    layers, rows = [Layer().cuda() for _ in range(12)], 1 << 19
+    parameters = [p for layer in layers for p in layer.parameters()]
+    stream, x = torch.cuda.Stream(), torch.randn(rows, 8, device="cuda")
+
+    class Slow(torch.nn.Module):
+        """A layer that keeps the device busy while the host goes on."""
+
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *inputs):
+            torch.cuda._sleep(10_000_000)
+            return self.layer(*inputs)
+
+    def chain(wrap):
+        store, y = PinnedStore(stream), x
+        for layer in layers:
+            y = recompute(wrap(layer), y, (1.0, 0.1), list(layer.parameters()), store)
+        torch.autograd.grad(y.square().sum(), parameters)
+
+    def grown(wrap):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        chain(wrap)
+        return torch.cuda.memory_reserved() - before
+
+    grown(lambda layer: layer)  # allocates the libraries' workspaces
+    assert grown(Slow) <= grown(lambda layer: layer) + x.nbytes
