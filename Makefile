@@ -20,7 +20,8 @@ test-interpreted: $(VENV)/ready-test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_linear_logprob.py tests/test_quantization.py \
 		tests/test_matmul_4bit.py tests/test_lora_linear.py tests/test_paged_attention.py \
 		tests/test_rms_norm.py tests/test_rotary.py tests/test_swiglu.py tests/test_token_sampling.py \
-		tests/test_tree_attention.py tests/test_decode_rows.py tests/test_packed_matmul.py tests/test_embedding.py
+		tests/test_tree_attention.py tests/test_decode_rows.py tests/test_packed_matmul.py tests/test_embedding.py \
+		tests/test_lora_products.py
 
 test-gpu: $(VENV)/ready-test
 	$(BIN)/python -m pytest -m gpu

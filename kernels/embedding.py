@@ -3,7 +3,9 @@
     hidden_states[t] = weight[ids[t]]          weight (V, D), ids (T,)
     cos[t], sin[t] = cos, sin(positions[t] * inv_freq)          inv_freq (D2,), in float32
 
-Nothing here has a gradient. Bytes a call, for b-byte values: 2 T D b + 8 T D2 + 16 T. No memory beside the outputs.
+The launch is no programmatic dependent (``dependent_launch``): when it starts, all before it is complete, which
+attention may be told (``settled``). Nothing here has a gradient. Bytes a call, for b-byte values: 2 T D b + 8 T D2 +
+16 T. No memory beside the outputs.
 Precision: the product of position and frequency is rounded to float32 before cosine and sine, as torch does it, and
 these are the CUDA library's own. A row's result does not depend on the other rows.
 """
@@ -15,7 +17,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from . import _runtime
-from .dependent_launch import dependent_launch, wait_for_inputs
+from .dependent_launch import dependent_launch
 from .dispatch import check_floating, route
 
 BLOCK = 1024  # values of a row that a program copies
@@ -34,7 +36,8 @@ def _embed_kernel(
 ):  # fmt: skip
     """A block of row t of ``hidden_states``; the first block's program makes the angles, too."""
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    wait_for_inputs(PDL)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     row, column = tl.load(ids + token), block * BLOCK + tl.arange(0, BLOCK)
     inside = column < D
     known = (row >= 0) & (row < V)
@@ -59,7 +62,7 @@ def _embed_triton(
             _embed_kernel[(T, triton.cdiv(D, BLOCK))](
                 ids.contiguous(), positions.contiguous(), weight.contiguous(), inv_freq.contiguous(), hidden_states,
                 cos, sin, len(weight), D, D2, BLOCK=BLOCK, BLOCK_D2=triton.next_power_of_2(D2),
-                LIBRARY=not _runtime.INTERPRET, num_warps=4, **dependent_launch(weight),
+                LIBRARY=not _runtime.INTERPRET, num_warps=4, PDL=dependent_launch(weight)["PDL"],
             )  # fmt: skip
     return outputs
 

@@ -12,16 +12,11 @@ adapters, so that one product with W, one with A, and in backward one of each fo
 may be without an adapter.
 
 Up to ``MAX_ROWS`` rows of 16-bit x all is two to four launches (``lora_decode``), which read the adapters live.
-More rows are library products: 5 + P launches forward, of which two round A and B and one dequantises, and 6 + 2 P
-backward. There the adapter's part of y, and of dx, is written first, and the base product adds itself to it: one
-pass over y less than the other way round. FLOPs of the adapters: 2 M r (N + K) forward, 2 M r (2 N + 3 K) backward
-for P = 1; h is made again: x, the parameters and what they are rounded to are kept, nothing of (M, N) and no dense W.
-Memory beside the outputs, in values of x's dtype: P r K + N r for the rounded A and B, 2 M P r for h and g, and,
-while a product with a 4-bit W runs, its N K values; of two ``pieces`` one, and in backward M K float32 sums.
+More rows are library products (``lora_products``), of which x, the parameters and what they are rounded to are kept:
+nothing of (M, N) and no dense W.
 
-Precision: A and B are rounded to x's dtype, sums are float32; scaling * h and scaling * g are rounded to x's dtype
-once, where they enter the next product, and so are the adapter's parts of y and dx, each before the base adds itself
-in float32. dA and dB come in the dtype of A and B, from float32 sums. No atomics: results repeat bit for bit.
+Precision: A and B are rounded to x's dtype, sums are float32. dA and dB come in the dtype of A and B, from float32
+sums. No atomics: results repeat bit for bit.
 
 Papers: LoRA, Hu et al. 2021, arXiv 2106.09685; QLoRA, Dettmers et al. 2023, arXiv 2305.14314.
 """
@@ -31,10 +26,10 @@ import torch.nn.functional as F
 
 from . import _runtime
 from .dispatch import route
-from .logit_passes import addmm_
 from .lora_decode import MAX_ROWS, few_rows
+from .lora_products import gradients, many_rows, spans_of
 from .matmul_4bit import _matmul_torch
-from .quantization import DTYPES, QuantizedWeight, dense, dequantize_4bit_ref, pieces
+from .quantization import DTYPES, QuantizedWeight, dequantize_4bit_ref
 from .swiglu import swiglu
 
 MAX_RANK = 128
@@ -61,27 +56,6 @@ def lora_linear_stacked_ref(x, weight, lora_a, lora_b, scaling, bias=None, start
     return y
 
 
-def _spans(columns):
-    """(first output, last output + 1, first row of B) of each part."""
-    spans, row = [], 0
-    for start, stop in zip(columns[::2], columns[1::2], strict=True):
-        spans.append((start, stop, row))
-        row += stop - start
-    return spans
-
-
-def _columns(matrix, start, stop):
-    return matrix if stop - start == matrix.shape[1] else matrix[:, start:stop]
-
-
-def _product(a, b, dtype):
-    """a @ b, summed in float32, in ``dtype``."""
-    if a.is_cuda and dtype == torch.float32 != a.dtype:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    # In the parameter's dtype, so that half-precision sums are not rounded on their way.
-    return torch.mm(a.to(dtype), b.to(dtype))
-
-
 def _few(x, N):
     """Whether ``few_rows`` takes x: the library's float32 products are exact, the kernels' are not on CUDA."""
     return 0 < len(x) <= MAX_ROWS and N > 0 and not (x.is_cuda and x.dtype == torch.float32)
@@ -97,22 +71,7 @@ def _lora_linear_triton(
     if _few(x, N):
         adapters = lora_a.contiguous(), lora_b.contiguous(), columns, scaling
         return few_rows(x, weight, *adapters, bias, quant_block, first_block)
-    h, b, r = torch.mm(x, lora_a.to(x.dtype).t()), lora_b.to(x.dtype), lora_b.shape[1]
-    whole = b.shape[0] == N  # no output is without an adapter
-    if whole:
-        y = x.new_empty(M, N)
-    else:
-        y = x.new_zeros(M, N) if bias is None else bias.expand(M, N).contiguous()
-    for part, (start, stop, first) in enumerate(_spans(columns)):
-        target = _columns(y, start, stop)
-        operands = _columns(h, part * r, part * r + r), b[first : first + stop - start].t()
-        if whole and bias is not None:
-            torch.addmm(bias[start:stop], *operands, alpha=scaling, out=target)
-        else:
-            target.addmm_(*operands, beta=0 if whole else 1, alpha=scaling)
-    for rows in pieces(N, x.shape[1], quant_block):
-        y[:, rows].addmm_(x, dense(weight, quant_block, first_block, x.dtype, rows).t())
-    return y
+    return many_rows(x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block)
 
 
 def _lora_linear_torch(x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block):
@@ -121,7 +80,7 @@ def _lora_linear_torch(x, weight, lora_a, lora_b, columns, scaling, bias, quant_
     else:
         y, r = F.linear(x, weight[0], bias), lora_b.shape[1]
     h, b = x @ lora_a.to(x.dtype).t(), lora_b.to(x.dtype)
-    for part, (start, stop, first) in enumerate(_spans(columns)):
+    for part, (start, stop, first) in enumerate(spans_of(columns)):
         rows = b[first : first + stop - start]
         y[:, start:stop].addmm_(h[:, part * r : part * r + r], rows.t(), alpha=scaling)
     return y
@@ -138,26 +97,8 @@ def _lora_linear_bwd(
             b_dtype,
         )  # fmt: skip
         return [t.zero_() for t in empty]
-    dy, a, b, r = dy.contiguous(), lora_a.to(x.dtype), lora_b.to(x.dtype), lora_b.shape[1]
-    g, spans = dy.new_empty(dy.shape[0], a.shape[0]), _spans(columns)  # g and h with the scaling in them
-    for part, (start, stop, first) in enumerate(spans):
-        target = _columns(g, part * r, part * r + r)
-        operands = _columns(dy, start, stop), b[first : first + stop - start]
-        target.addmm_(*operands, beta=0, alpha=scaling)
-    dx, grads = dy.new_empty(0), [dy.new_empty(0) for _ in range(0 if needs_lora else 1 + len(spans))]
-    if needs_x:
-        parts = pieces(dy.shape[1], x.shape[1], quant_block)  # between two the sum stays float32
-        dx = _product(g, a, torch.float32 if len(parts) > 1 else x.dtype)
-        for rows in parts:
-            addmm_(dx, dy[:, rows], dense(weight, quant_block, first_block, x.dtype, rows))
-        dx = dx.to(x.dtype)
-    if needs_lora:
-        h = torch.addmm(g, x, a.t(), beta=0, alpha=scaling)
-        grads = [_product(g.t(), x, a_dtype)]
-        for part, (start, stop, _) in enumerate(spans):
-            factor = _columns(h, part * r, part * r + r)
-            grads.append(_product(_columns(dy, start, stop).t(), factor, b_dtype))
-    return [dx, *grads]
+    options = columns, scaling, quant_block, first_block, needs_x, needs_lora, a_dtype, b_dtype
+    return gradients(dy, x, weight, lora_a, lora_b, *options)
 
 
 def _fake(x, weight, *others):
@@ -167,7 +108,7 @@ def _fake(x, weight, *others):
 def _bwd_fake(
     dy, x, weight, lora_a, lora_b, columns, scaling, quant_block, first_block, needs_x, needs_lora, a_dtype, b_dtype
 ):  # fmt: skip
-    rows = [stop - start for start, stop, _ in _spans(columns)]
+    rows = [stop - start for start, stop, _ in spans_of(columns)]
     grads = [lora_a.new_empty(lora_a.shape if needs_lora else 0, dtype=a_dtype)]
     grads += [lora_b.new_empty((n, lora_b.shape[1]) if needs_lora else 0, dtype=b_dtype) for n in rows]
     return [x.new_empty(x.shape if needs_x else 0), *grads]
