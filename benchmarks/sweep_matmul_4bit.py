@@ -38,9 +38,9 @@ CANDIDATES = {
         for programs in (128, 256, 512)
     ],
     "tiled": [
-        TileConfig(*tile, stages, depth, programs, True, True)
+        TileConfig(*tile, stages, unroll, programs, True)
         for tile in ((32, 64, 4), (64, 64, 4), (64, 128, 8), (128, 64, 4))
-        for stages, depth in ((2, 1), (3, 1), (2, 2))
+        for stages, unroll in ((2, 1), (3, 1), (2, 2))
         for programs in (264, 396, 528)
     ],
     "packed": [

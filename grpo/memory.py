@@ -146,13 +146,12 @@ def layer_bytes(model, itemsize, tokens, *, quantize, r):
         b * dense_at_once(2 * F, D) if quantize else 0
     )  # of gate and up; as two their dx is summed in float32
     both += 4 * D * tokens * (both < 2 * dense)
-    # Where x and h, or dy and g, enter one product (``lora_products``), they are copied side by side.
+    # dy and g enter one product (``lora_products``), side by side, as W and A do.
     down = b * ((D + r) * tokens + r * F) if quantize else 0
-    gate_up = b * 2 * r * (tokens + 2 * F) if quantize else 0
     stages = (
         b * 2 * F * tokens,  # SwiGLU: the gradients of gate, up and their product in the place of the product
         b * F * tokens + dense + down,  # down: the gradient of its input
-        b * (D - F) * tokens + both + gate_up,  # gate and up as one, after what SwiGLU kept has gone
+        b * (D - F) * tokens + both,  # gate and up as one, after what SwiGLU kept has gone
         b * (D + 2 * A + 4 * KV - 3 * F) * tokens + attention_bytes(model, tokens),  # after all of these
     )
     adapters = r * sum(n + k for n, k in linear_shapes(model).values()) // model.num_hidden_layers

@@ -2,15 +2,14 @@
 
 With the names of ``lora_linear``: 5 + P launches forward, of which two round A and B and one dequantises, and 6 + 2 P
 backward. The adapter's part of y, and of dx, is written first, and the base product adds itself to it: one pass over
-y less than the other way round. Where W is 4-bit and the result at least ``WIDE`` times as wide as what it is made
-of, both are one product, which saves two more, and B's part p stands in the columns of h_p:
-
-    y = [x, scaling h] [W, B]^T          dx = [dy, scaling g] [W; A]
+y less than the other way round. Where W is 4-bit and dx at least ``WIDE`` times as wide as dy, both are one product,
+dx = [dy, scaling g] [W; A], which saves two more. (y = [x, scaling h] [W, B]^T does not pay: libraries are slower at
+rows of K + r values.)
 
 FLOPs of the adapters: 2 M r (N + K) forward, 2 M r (2 N + 3 K) backward for P = 1; h is made again. Memory beside the
 outputs, in values of x's dtype: P r K + N r for the rounded A and B, 2 M P r for h and g, and, while a product with a
-4-bit W runs, its N K values; of two ``pieces`` one, and in backward M K float32 sums. As one product: the copy of x
-or dy whose rows end with h or g, and W with P r values more in a row, or P r rows more.
+4-bit W runs, its N K values; of two ``pieces`` one, and in backward M K float32 sums. As one product: a copy of dy,
+and P r rows of A below W.
 
 Precision: sums are float32. scaling * h and scaling * g are rounded to x's dtype once, where they enter the next
 product, and so are the adapter's parts of y and dx where they are written first. dA and dB come in the dtype that is
@@ -23,8 +22,7 @@ from .logit_passes import addmm_
 from .lora_decode import MAX_ROWS
 from .quantization import dense, dense_into, pieces
 
-WIDE = 2  # a copy of what goes in then costs less than two passes over what comes out
-ALIGNMENT = 16  # values to which ranks beside another matrix are filled up
+WIDE = 2  # a copy of dy then costs less than two passes over dx
 
 
 def spans_of(columns):
@@ -51,8 +49,6 @@ def _product(a, b, dtype):
 def many_rows(x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block):
     """``few_rows``, without what may follow it, for more rows: y (M, N)."""
     M, N = len(x), len(weight[0])
-    if quant_block and N >= WIDE * x.shape[1]:
-        return _in_one_product(x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block)
     h, b, r = torch.mm(x, lora_a.to(x.dtype).t()), lora_b.to(x.dtype), lora_b.shape[1]
     whole = b.shape[0] == N  # no output is without an adapter
     if whole:
@@ -71,37 +67,6 @@ def many_rows(x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, fi
     return y
 
 
-def _beside(x, ranks):
-    """(M, K + R) whose first columns are x and whose last wait for ``ranks`` values, with zeros behind these."""
-    (M, K), R = x.shape, -(-ranks // ALIGNMENT) * ALIGNMENT
-    both = x.new_empty(M, K + R)
-    both[:, :K] = x
-    both[:, K + ranks :] = 0
-    return both
-
-
-def _in_one_product(x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block):
-    """y = [x, scaling * h] [W, B]^T."""
-    (M, K), N, ranks, r = x.shape, len(weight[0]), len(lora_a), lora_b.shape[1]
-    left, y = _beside(x, ranks), x.new_empty(M, N)
-    left[:, K : K + ranks].addmm_(x, lora_a.to(x.dtype).t(), beta=0, alpha=scaling)
-    for rows in pieces(N, K, quant_block):
-        right = x.new_empty(rows.stop - rows.start, left.shape[1])
-        dense_into(right[:, :K], weight, quant_block, first_block, rows)
-        right[:, K:] = 0
-        for part, (start, stop, first) in enumerate(spans_of(columns)):
-            start, first = max(start, rows.start), first + max(0, rows.start - start)
-            stop = min(stop, rows.stop)
-            if start < stop:
-                own = right[start - rows.start : stop - rows.start, K + part * r : K + part * r + r]
-                own.copy_(lora_b[first : first + stop - start])
-        if bias is None:
-            torch.mm(left, right.t(), out=y[:, rows])
-        else:
-            torch.addmm(bias[rows], left, right.t(), out=y[:, rows])
-    return y
-
-
 def gradients(
     dy, x, weight, lora_a, lora_b, columns, scaling, quant_block, first_block, needs_x, needs_lora, a_dtype, b_dtype
 ):  # fmt: skip
@@ -109,18 +74,18 @@ def gradients(
     dy, a, b, r = dy.contiguous(), lora_a.to(x.dtype), lora_b.to(x.dtype), lora_b.shape[1]
     (N, K), ranks, spans = (dy.shape[1], x.shape[1]), len(lora_a), spans_of(columns)
     one_product = needs_x and quant_block and K >= WIDE * N and len(x) > MAX_ROWS
-    both = _beside(dy, ranks) if one_product else dy.new_empty(len(dy), ranks)
-    g = both[:, N : N + ranks] if one_product else both  # g and h with the scaling in them
+    both = dy.new_empty(len(dy), N * one_product + ranks)
+    g = both[:, N * one_product :]  # g and h with the scaling in them
     for part, (start, stop, first) in enumerate(spans):
         target = _columns(g, part * r, part * r + r)
         operands = _columns(dy, start, stop), b[first : first + stop - start]
         target.addmm_(*operands, beta=0, alpha=scaling)
     dx, grads = dy.new_empty(0), [dy.new_empty(0) for _ in range(0 if needs_lora else 1 + len(spans))]
     if one_product:
-        right = x.new_empty(both.shape[1], K)
-        dense_into(right[:N], weight, quant_block, first_block, None)
-        right[N : N + ranks] = a
-        right[N + ranks :] = 0
+        both[:, :N] = dy
+        right = x.new_empty(N + ranks, K)
+        dense_into(right[:N], weight, quant_block, first_block)
+        right[N:] = a
         dx = torch.mm(both, right)
     elif needs_x:
         parts = pieces(dy.shape[1], x.shape[1], quant_block)  # between two the sum stays float32

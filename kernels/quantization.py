@@ -158,13 +158,10 @@ def _dequantize_kernel(
 
 @triton.jit(do_not_specialize=["pitch"])
 def _dequantize_packed_kernel(
-    codes, scales, out, words, pitch, first_block, per_row, gap,
+    codes, scales, out, words, pitch, first_block,
     FORMAT: tl.constexpr, BLOCK_R: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """``_dequantize_kernel`` of packed codes, in groups of 16 words.
-
-    A row of the weight is ``per_row`` rows of the tile, and ``gap`` values of ``out`` lie between two of its rows.
-    """
+    """``_dequantize_kernel`` of packed codes, in groups of 16 words."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     lane = tl.arange(0, WORDS)
     word = row[:, None] * pitch + lane[None, :]
@@ -176,8 +173,7 @@ def _dequantize_packed_kernel(
     packed = tl.load(codes + word, mask=mask, other=0)
     tile = packed_tile(packed, table, scales, block, mask, first_block, out.dtype.element_ty, FORMAT)
     value = row[:, None] * (8 * WORDS) + tl.arange(0, 8 * WORDS)[None, :]
-    target = out + (value + (row // per_row * gap)[:, None])
-    tl.store(target, tile, mask=value < words.to(tl.int64) * 8)
+    tl.store(out + value, tile, mask=value < words.to(tl.int64) * 8)
 
 
 def kernel_format(scales):
@@ -194,22 +190,17 @@ def _dequantize_triton(
 
 
 def _launch_dequantize(out, codes, scales, quant_block, first_block):
-    """To ``out`` (N, K), contiguous; of packed codes and where K is in whole tiles, rows may lie apart."""
-    words, packed = aligned(codes).view(torch.int32), codes.dtype == torch.int32
-    if not words.numel():
-        return
-    kernel, layout = _dequantize_kernel, {"QUANT_BLOCK": quant_block}
-    if packed:
-        K = out.shape[1]
-        kernel, layout = (
-            _dequantize_packed_kernel,
-            {"per_row": max(1, K // (8 * WORDS)), "gap": out.stride(0) - K},
-        )
-    with _runtime.launch_on(codes):
-        kernel[(triton.cdiv(words.numel(), BLOCK_R * WORDS),)](
-            words, tuple(scales), out, words.numel(), WORDS, first_block, FORMAT=kernel_format(scales),
-            BLOCK_R=BLOCK_R, WORDS=WORDS, num_warps=4, enable_fp_fusion=False, **layout,
-        )  # fmt: skip
+    """To ``out`` (N, K), contiguous."""
+    words = aligned(codes).view(torch.int32)
+    if words.numel():
+        packed = codes.dtype == torch.int32
+        kernel = _dequantize_packed_kernel if packed else _dequantize_kernel
+        blocks = {} if packed else {"QUANT_BLOCK": quant_block}
+        with _runtime.launch_on(codes):
+            kernel[(triton.cdiv(words.numel(), BLOCK_R * WORDS),)](
+                words, tuple(scales), out, words.numel(), WORDS, first_block, FORMAT=kernel_format(scales),
+                BLOCK_R=BLOCK_R, WORDS=WORDS, num_warps=4, enable_fp_fusion=False, **blocks,
+            )  # fmt: skip
 
 
 def _dequantize_torch(codes, scales, quant_block, first_block, dtype):
@@ -260,31 +251,22 @@ def dense(weight, quant_block, first_block, dtype, rows=None):
     """
     if not quant_block:
         return weight[0] if rows is None else weight[0][rows]
-    codes, scales, first_block = _rows_of(weight, first_block, rows)
-    dequantize = route(dequantize_op, _dequantize_triton, _dequantize_torch, codes.device)
-    return dequantize(codes, scales, quant_block, first_block, dtype)
-
-
-def dense_into(out, weight, quant_block, first_block, rows):
-    """Write what ``dense`` returns, of a 4-bit weight, to ``out``, whose columns are neighbours. Not to be traced."""
-    codes, scales, first_block = _rows_of(weight, first_block, rows)
-    kernel = codes.is_cuda or _runtime.INTERPRET
-    apart = codes.dtype == torch.int32 and out.shape[1] % (8 * WORDS) == 0
-    if kernel and (apart or out.is_contiguous()):
-        _launch_dequantize(out, codes, scales, quant_block, first_block)
-    else:
-        dequantize = _dequantize_triton if kernel else _dequantize_torch
-        out.copy_(dequantize(codes, scales, quant_block, first_block, out.dtype))
-
-
-def _rows_of(weight, first_block, rows):
-    """codes, scales and first block of a slice of the rows of [codes, *scales]."""
-    codes, scale, *others = weight
     if rows is not None:
+        codes, scale, *others = weight
         first_block += rows.start * scale.shape[1]  # which nested scales are counted by
         minimum = scale.dtype == torch.float16  # int4's, a value a block as well
-        codes, scale, others = codes[rows], scale[rows], [x[rows] if minimum else x for x in others]
-    return codes, [scale, *others], first_block
+        weight = [codes[rows], scale[rows], *(x[rows] if minimum else x for x in others)]
+    dequantize = route(dequantize_op, _dequantize_triton, _dequantize_torch, weight[0].device)
+    return dequantize(weight[0], weight[1:], quant_block, first_block, dtype)
+
+
+def dense_into(out, weight, quant_block, first_block):
+    """Write what ``dense`` returns, of a 4-bit weight, to ``out`` (N, K), contiguous. Not to be traced."""
+    codes, *scales = weight
+    if codes.is_cuda or _runtime.INTERPRET:
+        _launch_dequantize(out, codes, scales, quant_block, first_block)
+    else:
+        out.copy_(_dequantize_torch(codes, scales, quant_block, first_block, out.dtype))
 
 
 def dequantize_4bit(q, dtype=None):

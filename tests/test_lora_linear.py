@@ -326,9 +326,8 @@ def test_rows_of_a_dense_weight_are_its_rows(format, options, packed):
 def test_a_wide_weight_is_dense_by_halves(format, dtype, monkeypatch):
     x, weight, a, b, bias, dy = problem((module.MAX_ROWS + 8,), 64, 256, 8, dtype, format=format)
     codes, scales, *layout = weight.operands()
-    made, make, fill = [], lora_products.dense, lora_products.dense_into
+    made, make = [], lora_products.dense
     monkeypatch.setattr(lora_products, "dense", lambda *args: made.append(make(*args)) or made[-1])
-    monkeypatch.setattr(lora_products, "dense_into", lambda *args: made.append(args[0]) or fill(*args))
 
     def both():
         y = module._lora_linear_triton(x, [codes, *scales], a, b, [0, 256], 0.7, bias, *layout)
