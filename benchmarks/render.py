@@ -12,9 +12,9 @@ HEAD = """\
 
 Every contender of a table ran in one process, in turns: each round runs all once, in a new order; whole steps ran in
 processes of their own, one after the other. Times are medians of CUDA events (of whole steps and on a CPU, of the
-host's clock) with the 20th and 80th percentile; a call of many seconds was timed once. Inputs are random; every output
-was held against float64, of large ones a sample of rows, before anything was timed, and the largest error stands in
-the table.
+host's clock) with the 20th and 80th percentile; a call of many seconds was timed once. Inputs are random; every
+output was held against float64, of large ones a sample of rows, before anything was timed, and the largest error
+stands in the table.
 
 - **÷ best peer**: our time over that of the fastest contender that is not ours, in the same run. Below 1 is faster.
   The columns after it are our time over each contender's, a dash where it did not run.
