@@ -75,7 +75,7 @@ class GRPOTrainer:
             self.masters.keep_moments(self.optimizer)
         self.step_count = 0
         self.batch = None  # the rollouts of the last step
-        self.longest = None  # tokens of the longest micro-batch that is expected
+        self.longest = {}  # token budget: tokens of the longest micro-batch that is expected
         self.meter = unmeasured  # within a step its StepMeter
         self.micro_batches = (0, 0)  # done, of how many, in the update in progress
 
@@ -180,18 +180,21 @@ class GRPOTrainer:
 
     def _make_room(self, prompts):
         """Have keys and values take the place of what training has freed, not one beside it; and the layers' graphs
-        theirs in one piece, for the longest micro-batch that the first step's prompts allow."""
+        theirs in one piece, for the longest micro-batch that the first prompts under a token budget allow."""
         torch.cuda.empty_cache()
         if self.policy.steps is None or not self.policy.model.checkpoint_layers:
             return
-        if self.longest is None:
-            self.longest, _ = micro_batch(len(prompts), max(map(len, prompts)), self.config)
+        budget = self.token_budget
+        if budget not in self.longest:
+            config = replace(self.config, token_budget=budget)
+            self.longest[budget], _ = micro_batch(len(prompts), max(map(len, prompts)), config)
+        longest = self.longest[budget]
         size = pool_bytes(
-            self.policy.config, self.policy.dtype.itemsize, padded_tokens(self.longest),
+            self.policy.config, self.policy.dtype.itemsize, padded_tokens(longest),
             quantize=self.config.quantize, r=self.config.lora_r,
         )  # fmt: skip
         with contextlib.suppress(torch.OutOfMemoryError):  # then piece by piece, or with fewer tokens
-            self.policy.steps.reserve(self.longest, size)
+            self.policy.steps.reserve(longest, size)
 
     def _update(self, batch, step, first=None):
         """One optimiser step over ``batch``; returns its metrics. A loss or gradient that is not finite is no step.

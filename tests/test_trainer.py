@@ -640,6 +640,7 @@ def test_out_of_memory_gives_back_what_larger_micro_batches_worked_in():
     trainer, cleared = tiny_trainer(token_budget=420, share_prefix=False), []
     trainer.policy.steps = LayerSteps(trainer.policy, graphs=False)
     trainer.policy.steps.clear = lambda: cleared.append(trainer.token_budget)
+    trainer.policy.graph_pool.give_back = lambda: cleared.append("what was reserved")
     original = trainer.objective.micro_loss
 
     def memory_for_two_rows(micro, **kwargs):
@@ -648,7 +649,7 @@ def test_out_of_memory_gives_back_what_larger_micro_batches_worked_in():
         return original(micro, **kwargs)
 
     trainer.objective.micro_loss = memory_for_two_rows
-    assert trainer.step()["token_budget"] == 210 and cleared == [210]
+    assert trainer.step()["token_budget"] == 210 and cleared == [210, "what was reserved"]
 
 
 def test_out_of_memory_on_one_sequence_is_raised():
@@ -770,6 +771,9 @@ def test_graphs_reserve_their_memory_before_a_rollout(monkeypatch):
         trainer.policy.config, 4, 128 * -(-longest // 128), quantize=None, r=trainer.config.lora_r
     )
     assert seen == [(longest, size)] * 3, "of the first step's prompts: graphs that are there stay"
+    trainer.objective.token_budget = 25  # after running out of memory
+    trainer._make_room([[1] * 20] * 2)
+    assert seen[3][0] == 25 < longest and seen[3][1] <= size
 
 
 def test_gradients_make_room_for_the_rollout():
