@@ -12,6 +12,9 @@ from nanogrpo.kernels.decode_rows import _advance_triton
 from nanogrpo.kernels.dependent_launch import MIN_ARCH
 from nanogrpo.kernels.head_sampling import _sample_from_head_triton
 from nanogrpo.kernels.kv_store import _store_kv_triton
+from nanogrpo.kernels.lora_decode import add_update, few_rows
+from nanogrpo.kernels.packed_matmul import Update
+from nanogrpo.kernels.quantization import quantize_4bit
 from nanogrpo.kernels.rms_norm import _rms_norm_triton
 from nanogrpo.kernels.rotary import _rotary_triton
 from nanogrpo.kernels.swiglu import _swiglu_triton
@@ -32,7 +35,8 @@ KERNELS = {
 def touched(compiled, code):
     """Names of the pointers among a kernel's arguments from which this PTX computes what it loads and stores."""
     kinds = [kind for kind in compiled.src.signature.items() if kind[1] != "constexpr"]
-    pointers = {i: name for i, (name, kind) in enumerate(kinds) if kind.startswith("*")}
+    # None stands behind a tuple, which takes more than one place.
+    pointers = {i: name for i, (name, kind) in enumerate(kinds) if str(kind).startswith("*")}
     origins, found = {}, set()
     for _ in range(2):  # what a loop carries comes round once more
         for line in re.sub(r"//.*", "", code).split(";"):
@@ -95,3 +99,22 @@ def test_launched_early_means_waiting_first(cc):
     # The tracing finds what is there: early decode reads tables and keys before it waits, and no queries.
     if cc >= MIN_ARCH:
         assert seen >= {("_parts_kernel", x) for x in TABLES - {"addresses"}}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles, so needs the compiler")
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_update_reads_early_what_the_product_before_it_has_promised(gated):
+    """The tiled product waits before it lets the update start, which then reads B alone before it waits."""
+    codes, scales, *layout = quantize_4bit(torch.randn(128, 256), "nf4").packed().operands()
+    x, a, b = torch.zeros(40, 256).bfloat16(), torch.zeros(32, 256), torch.zeros(128, 16)
+    columns = [0, 64, 64, 128]
+    with recorded_launches(90) as launches:
+        few_rows(x, [codes, *scales], a, b, columns, 0.5, None, *layout, gated, None)
+        update = Update(torch.zeros(2, 40, 32), b, 0.5, tuple(columns), gated)
+        add_update(torch.zeros(40, 128).bfloat16(), None, update, torch.bfloat16, True)
+    (product, tiled), (early, up), (late, other) = launches
+    assert (product, early, late) == ("tiled_kernel", "_up_kernel", "_up_kernel")
+    order = re.findall(r"griddepcontrol\.(wait|launch_dependents)", tiled.asm["ptx"])
+    assert order == ["wait", "launch_dependents"] * 2, "in the programs of W and in those of A"
+    before = [kernel.asm["ptx"].partition("griddepcontrol.wait")[0] for kernel in (up, other)]
+    assert touched(up, before[0]) == {"b"} and touched(other, before[1]) == set()

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from cross_compile import assert_compiles, every_card
+from cross_compile import assert_compiles, every_card, recorded_launches
 from hypothesis import given
 from hypothesis import strategies as st
 from nanogrpo.kernels import embed
@@ -98,6 +98,17 @@ def test_compiles_to_one_graph(device):
 def test_kernel_compiles_for_every_card(cc):
     operands = problem(3, 50, 1536, 64, torch.bfloat16)
     assert_compiles(lambda: module._embed_triton(*operands), cc, ["_embed_kernel"])
+
+
+@pytest.mark.skipif(INTERPRET, reason="compiles, so needs the compiler")
+def test_the_launch_waits_for_all_before_it():
+    """What attention is told of a forward pass (``settled``): this is launched without programmatic dependence."""
+    with recorded_launches(90) as launches:
+        module._embed_triton(*problem(3, 50, 1536, 64, torch.bfloat16))
+    ((_, kernel),) = launches
+    assert not kernel.metadata.launch_pdl
+    assert "griddepcontrol.launch_dependents" in kernel.asm["ptx"]
+    assert "griddepcontrol.wait" not in kernel.asm["ptx"]
 
 
 GOOD = dict(zip(("ids", "positions", "weight", "inv_freq"), problem(2, 5, 8, 3), strict=True))
