@@ -58,7 +58,9 @@ def check(parts, r, tensors, *, bias=True, scaling=0.7):
     plain = reference(*operands, parts, r, scaling)
     truth = reference(*(None if t is None else t.double() for t in operands), parts, r, scaling)
     for index, values in enumerate(zip(ours, plain, truth, strict=True)):
-        assert_no_worse_than(*values, floor=4 * EPS[x.dtype], name=str(index))
+        # Of A and B float32 sums over 520 rows in another order: of half a unit each, a square root of them adds up.
+        floor = 4 * EPS[x.dtype] if index < 2 else max(EPS[x.dtype], 520**0.5 / 2 * EPS[torch.float32])
+        assert_no_worse_than(*values, floor=floor, name=str(index))
     return ours
 
 
