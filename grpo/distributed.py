@@ -66,8 +66,8 @@ class Ranks:
     def sum_gradients(self, parameters):
         """Add up the gradients of all ranks in place, in float32; a missing one counts as 0.
 
-        parameters: a list, of one device. Beside the gradients 4 ``BUCKET`` bytes of that device are in use, or 4 a
-        value of the largest parameter, if more.
+        parameters: a list, of one device. Beside the gradients 4 ``BUCKET`` bytes of that device are in use (8 of
+        16-bit gradients), or as many a value of the largest parameter, if more.
         """
         if self.world == 1:
             return

@@ -173,7 +173,7 @@ class PolicyObjective:
                 self.token_budget = smaller
             if self.policy.steps is not None:
                 self.policy.steps.clear()  # what larger micro-batches work in
-                self.policy.graph_pool.give_back()  # also what no graph has used yet
+                self.policy.graph_pool.give_back()  # also what was reserved, where no step of decode is left
             torch.cuda.empty_cache()
 
     def reference(self, batch):

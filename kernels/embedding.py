@@ -94,14 +94,18 @@ def embed(ids, positions, weight, inv_freq):
         hidden_states (T, D) in the weight's dtype; cos and sin, each (T, D2) float32.
 
     Raises:
-        ValueError: a shape, dtype or device is not as above.
+        ValueError: a shape, dtype or device is not as above, or the weight requires a gradient.
     """
     check_floating("weight", weight)
+    if weight.ndim != 2 or weight.requires_grad:
+        raise ValueError(
+            f"the weight has shape {tuple(weight.shape)} and requires_grad {weight.requires_grad}, "
+            "expected (V, D) and a frozen one"
+        )
     T, device = len(ids), weight.device
     expected = {
         "ids": (ids, (T,), (torch.int64,)),
         "positions": (positions, (T,), (torch.int64,)),
-        "weight": (weight, tuple(weight.shape[:2]), (weight.dtype,)),
         "inv_freq": (inv_freq, (inv_freq.numel(),), (torch.float32,)),
     }
     for name, (tensor, shape, dtypes) in expected.items():

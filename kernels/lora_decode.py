@@ -49,7 +49,7 @@ WIDE_N = 4096  # from so many outputs on, the second of two configurations of th
 UP = {
     FEW_ROWS: ((16, 16, 2), (16, 16, 2)),
     OWN_ROWS: ((16, 32, 4), (32, 64, 8)),
-    MAX_ROWS: ((16, 128, 8), (32, 128, 4)),
+    MAX_ROWS: ((16, 128, 8), (32, 64, 8)),
 }
 # From so many values of K on, 8 warps instead of 4 share a row of W in a product that is not split.
 LONG_K = 4096

@@ -14,7 +14,7 @@ Routes by the number of rows; sums are float32 in all:
     fused   M <= 64, 16-bit x: codes are decoded in registers, rounded to x's dtype, and go through ``tl.dot``.
             Both read N*K/2 codes and N*K/QB scales (fused: for each 32 rows), x and y. FLOPs: 2*M*N*K.
             Extra memory: SPLIT*M*N*4 bytes of partial sums where K is split to fill the card (none for SPLIT = 1),
-            at most 32 KB a row of x (packed and tiled: 132 KB); a copy of x where x is not contiguous.
+            at most 32 KB a row of x (packed and tiled: 176 KB); a copy of x where x is not contiguous.
     dense   otherwise: one buffer of N*K values in x's dtype, a library matmul, the buffer freed. Bytes: the codes
             once, the buffer written once and read once.
 

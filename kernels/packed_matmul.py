@@ -354,16 +354,16 @@ def packed_products(
         (splits, _, R), r = update.h.shape, update.b.shape[1]
     if update.gated:
         rows, across = 2, triton.cdiv(N // 2, 16)
-    # Tiles of K as soon as possible where programs are few, and room on a multiprocessor for them beside the launch
-    # before; elsewhere the registers for more tiles cost resident programs. A program has 2048 for each of its warps'
-    # share of a lane at most, and three gated programs are to be resident.
+    # Tiles of K as soon as possible where programs are few, in registers that leave room for the launch before,
+    # beside which they start; elsewhere more tiles would cost resident programs, of which three gated ones are
+    # wanted. A lane has 2048 / warps registers at most.
     depth, registers = 1, min(256, 2048 // warps)
     if rows == 1 and across <= FEW_PROGRAMS and steps >= 3 and (columns == 1 or update.b is not None):
         depth = 2 if columns > 1 or format == "int4" else 4 if warps == 8 else 3
         if update.b is not None:
-            registers = 128 if columns == 1 and warps < 8 else 160
+            registers = min(registers, 128 if columns == 1 and warps < 8 else 160)
     elif update.gated or warps == 8:
-        registers = 160
+        registers = min(registers, 160)
     registers = registers if registers < 256 else None
     out = x.new_empty(M, N // 2 if update.gated else N)
     if split > 1:

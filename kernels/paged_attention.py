@@ -247,8 +247,8 @@ def append_attention(
             written.
         rotation: (cos, sin) of the tokens' angles, each (S, D / 2) float32, by which q and k are rotated first, as
             by ``rotary``; None: they are what they are.
-        settled: the caller's word that since the other inputs were written, the caches' earlier tokens among them, a
-            kernel was launched without programmatic dependence (torch launches its own so). Where kernels may start
+        settled: the caller's word that since tables, lengths and the caches' earlier tokens were written, a kernel
+            was launched without programmatic dependence (torch launches its own so). Where kernels may start
             early, these are then read while the kernel that makes q, k and v still ends. Changes no result.
 
     Returns:

@@ -22,9 +22,9 @@ device: a full split for which their tables name the same blocks is read once fo
 have room in one product; a further product would take as long as another program's, whose reads the cache serves. The
 arithmetic of a row is the same, bit for bit.
 
-A step waits for a chain of loads: length and table, keys, queries. Where the caller vouches for all but q, k and v
-(``early``; ``append_attention`` says when it may) the chain runs up to the keys while the kernel that makes q still
-ends, and only then waits; the merge waits for nothing but the parts.
+A step waits for a chain of loads: length and table, keys, queries. Where the caller vouches for all but q, k, v and
+angles (``early``; ``append_attention`` says when it may) the chain runs up to the keys while the kernel that makes q
+still ends, and only then waits; the merge waits for nothing but the parts.
 
 Caches may hold int8 codes (``kv_store``): they are multiplied as they are, in q's dtype, which holds them exactly.
 The keys' scales multiply the scores, the values' the probabilities, in float32.
@@ -312,7 +312,7 @@ def paged_decode(
 ):  # fmt: skip
     """Decode; with ``k`` and ``v`` these are stored as the last of each context, else they stand there already.
 
-    early: no input but q, k and v is written by a kernel that may still run when this one starts.
+    early: no input but q, k, v, cos and sin is written by a kernel that may still run when this one starts.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(q) == 0:

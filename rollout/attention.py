@@ -36,8 +36,8 @@ class PagedAttention:
 
     All tokens of a call are stored before any is read, so sequences of one call may share new blocks.
 
-    Decode vouches for all but q, k and v (``settled``): tables, lengths and earlier tokens are older than the step,
-    and the transformer's embedding, torch's own kernel, starts when they and the angles are complete.
+    Decode vouches for tables, lengths and earlier tokens (``settled``): they are older than the step, and ``embed``,
+    with which it begins, starts when they are complete.
     """
 
     def __init__(self, cache, slot_mapping, source, block_table, context_lens, cu_seqlens_q=None):

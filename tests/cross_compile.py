@@ -60,19 +60,19 @@ def recorded_launches(cc):
         driver._active = previous
 
 
-def registers(compiled, folder):
-    """Registers a thread of a compiled kernel, as the cubin states them."""
+def resource_usage(compiled, folder):
+    """{"REG": registers a thread, "STACK": bytes of spilled ones and the like, ...} of a compiled kernel's cubin."""
     cubin = Path(folder) / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     told = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"REG:(\d+)", told)[1])
+    return {name: int(count) for name, count in re.findall(r"\b([A-Z]+):(\d+)", told)}
 
 
 def assert_resident(launches, folder):
     """A multiprocessor has 65,536 registers, given out by eights: one program of each launch must fit."""
     for name, compiled in launches:
-        lanes, each = 32 * compiled.metadata.num_warps, -(-registers(compiled, folder) // 8) * 8
+        lanes, each = 32 * compiled.metadata.num_warps, -(-resource_usage(compiled, folder)["REG"] // 8) * 8
         assert lanes * each <= 65536, f"{name}: {each} registers for each of {lanes} threads"
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from cross_compile import assert_compiles, assert_resident, every_card, recorded_launches
+from cross_compile import assert_compiles, assert_resident, every_card, recorded_launches, resource_usage
 from hypothesis import given
 from hypothesis import strategies as st
 from nanogrpo.kernels import dequantize_4bit, quantize_4bit, swiglu
@@ -230,3 +230,15 @@ def test_repeats_in_a_graph_and_reads_the_adapters_live(M):
             expected = slowly()
         graph.replay()
         assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("r", [64, 128])
+@pytest.mark.parametrize("M", [40, 200])
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
+def test_a_gated_update_spills_no_registers(M, r, adapters, tmp_path):
+    x, operands, *_ = problem(M, 256, [4096, 4096], r, dtype=torch.bfloat16, adapters=adapters)
+    with recorded_launches(90) as launches:
+        few_rows(x, *operands, gated=True)
+    ((_, kernel),) = [launch for launch in launches if launch[0] == "_up_kernel"]
+    assert resource_usage(kernel, tmp_path)["STACK"] == 0

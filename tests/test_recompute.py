@@ -83,7 +83,7 @@ def test_offloaded_inputs_give_the_same_bits_and_leave_the_device():
 
 @pytest.mark.gpu
 def test_the_host_does_not_run_ahead_of_offloaded_inputs():
-    layers, rows = [Layer().cuda() for _ in range(12)], 1 << 19
+    layers, rows = [Layer().cuda() for _ in range(40)], 1 << 19
     parameters = [p for layer in layers for p in layer.parameters()]
     stream, x = torch.cuda.Stream(), torch.randn(rows, 8, device="cuda")
 
@@ -112,4 +112,5 @@ def test_the_host_does_not_run_ahead_of_offloaded_inputs():
         return torch.cuda.memory_reserved() - before
 
     grown(lambda layer: layer)  # allocates the libraries' workspaces
-    assert grown(Slow) <= grown(lambda layer: layer) + x.nbytes
+    # One layer's own tensors and the inputs on their way, not all 40.
+    assert grown(Slow) <= 30 * x.nbytes
