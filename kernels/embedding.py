@@ -104,14 +104,14 @@ def embed(ids, positions, weight, inv_freq):
         )
     T, device = len(ids), weight.device
     expected = {
-        "ids": (ids, (T,), (torch.int64,)),
-        "positions": (positions, (T,), (torch.int64,)),
-        "inv_freq": (inv_freq, (inv_freq.numel(),), (torch.float32,)),
+        "ids": (ids, (T,), torch.int64),
+        "positions": (positions, (T,), torch.int64),
+        "inv_freq": (inv_freq, (inv_freq.numel(),), torch.float32),
     }
-    for name, (tensor, shape, dtypes) in expected.items():
-        if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != device:
+    for name, (tensor, shape, dtype) in expected.items():
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
-                f"expected {shape} of {' or '.join(map(str, dtypes))} on {device}"
+                f"expected {dtype} {shape} on {device}"
             )
     return route(_op, _embed_triton, _embed_torch, device)(ids, positions, weight, inv_freq)

@@ -31,7 +31,7 @@ from . import _runtime
 from .code_words import aligned
 from .dependent_launch import prefetch
 from .matmul_4bit import _matmul_triton, packed_config, products
-from .packed_matmul import FEW_PROGRAMS, Config, Update, packed_products, weight_operand, x_operand
+from .packed_matmul import FEW_PROGRAMS, Config, Update, packed_products, part_of, weight_operand, x_operand
 from .quantization import kernel_format
 from .tiled_matmul import TileConfig, tiled_products
 
@@ -133,13 +133,8 @@ def _tiled_down_kernel(
 @triton.jit
 def _adapter_rows(b, columns, n0, r, RANK: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr):
     """Rows of B (BLOCK_N, RANK) for the outputs from n0 on, rounded, and the part of each, -1 where it has none."""
-    n, rank, first_row = n0 + tl.arange(0, BLOCK_N), tl.arange(0, RANK), 0
-    part, row = tl.full((BLOCK_N,), -1, tl.int32), 0 * n
-    for p in tl.static_range(len(columns) // 2):
-        inside = (n >= columns[2 * p]) & (n < columns[2 * p + 1])
-        part = tl.where(inside, p, part)
-        row = tl.where(inside, n - columns[2 * p] + first_row, row)
-        first_row += columns[2 * p + 1] - columns[2 * p]
+    rank = tl.arange(0, RANK)
+    part, row = part_of(n0 + tl.arange(0, BLOCK_N), columns)
     at = b + row.to(tl.int64)[:, None] * r + rank[None, :]
     weight = tl.load(at, mask=(part >= 0)[:, None] & (rank < r)[None, :], other=0.0)
     return weight.to(DTYPE), part

@@ -89,6 +89,18 @@ def block_scale_of(scales, raw, block, exists, B: tl.constexpr, FORMAT: tl.const
 
 
 @triton.jit
+def part_of(n, columns):
+    """The part that each output n belongs to, -1 for none, and its row among those of all parts' B."""
+    part, row, first_row = tl.full(n.shape, -1, tl.int32), 0 * n, 0
+    for p in tl.static_range(len(columns) // 2):
+        inside = (n >= columns[2 * p]) & (n < columns[2 * p + 1])
+        part = tl.where(inside, p, part)
+        row = tl.where(inside, n - columns[2 * p] + first_row, row)
+        first_row += columns[2 * p + 1] - columns[2 * p]
+    return part, row
+
+
+@triton.jit
 def _update(
     sums, h, b, scaling, columns, n0, b_rows, part_of, m, M, R, r,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr, DTYPE: tl.constexpr,
@@ -177,13 +189,7 @@ def packed_kernel(
     b_rows, parts = (), ()
     if b is not None:
         for g in tl.static_range(ROWS):
-            n = row0 + apart * g + load_row
-            part, b_row, first_row = -1 + 0 * load_row, 0 * n, 0
-            for p in tl.static_range(len(columns) // 2):
-                inside = (n >= columns[2 * p]) & (n < columns[2 * p + 1])
-                part = tl.where(inside, p, part)
-                b_row = tl.where(inside, n - columns[2 * p] + first_row, b_row)
-                first_row += columns[2 * p + 1] - columns[2 * p]
+            part, b_row = part_of(row0 + apart * g + load_row, columns)
             loaded = ()
             for k in tl.static_range(0, RANK, 16 * WARPS):
                 rank = 16 * warp + word + k

@@ -117,7 +117,10 @@ GOOD = dict(zip(("ids", "positions", "weight", "inv_freq"), problem(2, 5, 8, 3),
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"ids": torch.zeros(2, 1, dtype=torch.int64)}, r"ids is torch.int64 \(2, 1\) .* expected \(2,\)"),
+        (
+            {"ids": torch.zeros(2, 1, dtype=torch.int64)},
+            r"ids is torch.int64 \(2, 1\) .* torch.int64 \(2,\)",
+        ),
         ({"ids": torch.zeros(2, dtype=torch.int32)}, "ids is torch.int32"),
         ({"positions": torch.zeros(3, dtype=torch.int64)}, "positions is"),
         ({"positions": torch.zeros(2)}, "positions is torch.float32"),
