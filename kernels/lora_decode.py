@@ -4,13 +4,13 @@
     y = x W^T + bias, and y[:, part p] += scaling * h_p B_p^T       B (rows, r): the rows of all parts in turn
 
 Up to 16 rows of x on packed 4-bit codes, ``ranks`` leaves partial sums of h over parts of K, and the base product
-ends with the rest (``packed_matmul``). From there to 256 rows on Hopper the base product makes the ranks, too
-(``tiled_matmul``), and ``add_update`` ends: it adds up the base's own partial sums, bias and update. Both are two
-launches. Elsewhere up to 64 rows are three or four: ``ranks``, the base product, perhaps on W dequantised for this
-call, and ``add_update``. More rows are for ``add_update`` alone: h and the base product are a library's. Either way
-what is stored is y, or what follows y in a decoder layer: see ``few_rows``. A and B are read where they lie, in
-their own dtype (by a library a float32 A is rounded first, by a launch): an optimiser step needs no copy, and a
-captured graph stays valid.
+ends with the rest (``packed_matmul``). From there to 256 rows on Hopper the base product of a small W makes the
+ranks, too (``tiled_matmul``), and ``add_update`` ends: it adds up the base's own partial sums, bias and update. Both
+are two launches. A large W (``hopper_matmul``) takes three: ``ranks`` runs beside it. Elsewhere up to 64 rows are
+three or four: ``ranks``, the base product, perhaps on W dequantised for this call, and ``add_update``. More rows are
+for ``add_update`` alone: h and the base product are a library's. Either way what is stored is y, or what follows y in
+a decoder layer: see ``few_rows``. A and B are read where they lie, in their own dtype (by a library a float32 A is
+rounded first, by a launch): an optimiser step needs no copy, and a captured graph stays valid.
 
 Bytes beside the base's: A once for each 32 to 128 rows, B once for each 16 or 32, S M R float32 partial sums of h
 written, and read by every program that updates; y again where ``add_update`` runs. FLOPs: 2 M (K R + N r). Memory:
@@ -30,7 +30,8 @@ import triton.language as tl
 from . import _runtime
 from .code_words import aligned
 from .dependent_launch import prefetch
-from .matmul_4bit import _matmul_triton, packed_config, products
+from .hopper_matmul import HopperConfig, hopper_products
+from .matmul_4bit import _matmul_triton, packed_config, product_config, products
 from .packed_matmul import FEW_PROGRAMS, Config, Update, packed_products, part_of, weight_operand, x_operand
 from .quantization import kernel_format
 from .tiled_matmul import TileConfig, tiled_products
@@ -269,7 +270,12 @@ def few_rows(
     format, config = None, None
     if quant_block and words.dtype == torch.int32 and x.dtype != torch.float32:
         format = kernel_format(weight[1:])
-        config = packed_config(arch, len(x), format)
+        # to few rows, one of Triton's kernels adds the update in the same launch
+        config = (
+            packed_config(arch, len(x), format)
+            if len(x) <= FEW_ROWS
+            else product_config(arch, len(x), words, format)
+        )
     own = len(x) <= OWN_ROWS or config is not None
     pdl = own and arch >= 90  # between a library's kernels it gains nothing
     assembly = not _runtime.INTERPRET
@@ -289,6 +295,10 @@ def few_rows(
             whole = Config(False, warps, 1, config.columns, 1, pdl)
             operands = x, words, weight[1:], bias, first_block, format, whole
             return packed_products(*operands, assembly, update=update, late=pdl)
+        if isinstance(config, HopperConfig):
+            operands = x, words, weight[1:], bias, first_block, format, config
+            base = hopper_products(*operands, late=pdl)
+            return add_update(base, bias if base.ndim == 3 else None, update, x.dtype, pdl, early=pdl)
         if config is not None:
             base = products(x, words, weight[1:], bias, first_block, config)
         elif quant_block:

@@ -10,6 +10,7 @@ Routes by the number of rows; sums are float32 in all:
             but one.
     tiled   Hopper, from there to M = 256: out^T = W x^T by warp groups, W from registers (``tiled_matmul``), weights
             rounded to x's dtype.
+    hopper  The same by a kernel for Hopper alone, from M = 9 on, where N and K are large (``hopper_matmul``).
     vector  M <= 4, 16-bit x: CUDA cores, the weights exact in float32 (``gemv_4bit``).
     fused   M <= 64, 16-bit x: codes are decoded in registers, rounded to x's dtype, and go through ``tl.dot``.
             Both read N*K/2 codes and N*K/QB scales (fused: for each 32 rows), x and y. FLOPs: 2*M*N*K.
@@ -33,6 +34,7 @@ import triton.language as tl
 from . import _runtime
 from .code_words import WORDS, aligned, block_scale, code_table, decode_words, weight_tile
 from .gemv_4bit import gemv_kernel
+from .hopper_matmul import HopperConfig, hopper_config, hopper_products
 from .packed_matmul import Config, packed_products, sum_kernel, sum_partials
 from .quantization import DTYPES, dequantize_4bit_ref, dequantize_op, kernel_format
 from .tiled_matmul import TileConfig, tiled_products
@@ -57,6 +59,8 @@ _UNTILED = lambda pdl: {
     "nf4": {16: Config(*_FEW, pdl), 32: Config(*_MORE, pdl), 64: Config(*_MOST, pdl)},
     "int4": {16: Config(*_FEW, pdl), 32: Config(*_MORE, pdl)},
 }
+FEW_ROWS = 8  # up to so many, ``hopper_matmul`` is no faster
+HOPPER_ROWS = 16, 32, 64, 128, 256  # up to which a configuration of its serves
 # WGMMA, which ``tiled_matmul`` is made for, is Hopper's alone.
 PACKED_CONFIGS = {
     80: _UNTILED(False),
@@ -120,7 +124,7 @@ def _matmul_triton(
     _runtime.check(arch >= min(CONFIGS), f"compute capability {arch}, expected {min(CONFIGS)} or later")
     if codes.dtype == torch.int32:
         format = kernel_format(scales)
-        config = None if x.dtype == torch.float32 else packed_config(arch, len(x), format)
+        config = None if x.dtype == torch.float32 else product_config(arch, len(x), codes, format)
         if config is None:
             return _matmul_torch(x, codes, scales, bias, quant_block, first_block)
         if not x.numel() * len(codes):
@@ -167,12 +171,25 @@ def _matmul_triton(
 
 def products(x, words, scales, bias, first_block, config):
     """x @ W.T of packed codes in one launch: y with the bias, or partial sums (SPLIT, M, N) float32 without it."""
+    operands = x, words, scales, bias, first_block, kernel_format(scales), config
+    if isinstance(config, HopperConfig):
+        return hopper_products(*operands)
     run = packed_products if isinstance(config, Config) else tiled_products
-    return run(x, words, scales, bias, first_block, kernel_format(scales), config, not _runtime.INTERPRET)
+    return run(*operands, not _runtime.INTERPRET)
+
+
+def product_config(arch, M, words, format):
+    """The fastest fused configuration of packed codes (N, K/8) for M rows of 16-bit x, or None: dequantise, then a
+    library matmul."""
+    config = packed_config(arch, M, format)
+    if config is None or arch != 90 or M <= FEW_ROWS or _runtime.INTERPRET:
+        return config
+    rows = next(rows for rows in HOPPER_ROWS if rows >= M)
+    return hopper_config(len(words), 8 * words.shape[1], rows) or config
 
 
 def packed_config(arch, M, format):
-    """The fused configuration of packed codes for M rows of 16-bit x, or None: dequantise, then a library matmul."""
+    """The same of what Triton's interpreter can run."""
     by_rows = _entry(PACKED_CONFIGS, arch)[format.removeprefix("nested_")]
     return next((config for rows, config in by_rows.items() if rows >= M), None)
 

@@ -108,6 +108,16 @@ def _nf4_assembly(dtype, codes, pairs):
     return "{ " + "\n".join(lines) + " }"
 
 
+def nf4_pair_assembly(dtype):
+    """The byte of two codes in $1 to the pair of their values in $0, that of the low code first."""
+    ha0, ha1, hb0, hb1, la0, la1, lb0, lb1 = (f"0x{w:08x}" for w in _tables(dtype))
+    lines = [".reg .b32 n, a, b, h, l, t, u;", "xor.b32 n, $1, 0x88;"]
+    for byte, (a0, a1, b0, b1) in (("h", (ha0, ha1, hb0, hb1)), ("l", (la0, la1, lb0, lb1))):
+        lines += [f"mov.u32 t, {a0};", f"mov.u32 u, {a1};", "prmt.b32 a, t, u, $1;"]
+        lines += [f"mov.u32 t, {b0};", f"mov.u32 u, {b1};", "prmt.b32 b, t, u, n;", f"xor.b32 {byte}, a, b;"]
+    return "{ " + "\n".join([*lines, "prmt.b32 $0, l, h, 0x5140;"]) + " }"
+
+
 def _nf4_halves(dtype, half):
     """$4, $5 to four pairs: pair i holds the values of nibble 4 half + i of both."""
     codes = [f"prmt.b32 p, $4, $5, {('0x5140', '0x7362')[half]};"]
