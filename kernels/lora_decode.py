@@ -45,13 +45,16 @@ DOWN = (4, 64, 12, 3)
 # For more rows: BLOCK_K, num_warps, num_stages, the blocks of K that a program takes at least, and the most parts.
 TILED_DOWN = (128, 4, 3, 4, 6)
 WIDE_N = 4096  # from so many outputs on, the second of two configurations of the update
-# BLOCK_M, BLOCK_N and num_warps of the update by the most rows. Rows are the dot's left operand in tiles of 16 or 32:
-# below 64, Hopper uses mma.sync instead of WGMMA, whose register operands ptxas before CUDA 13.3 miscompiles.
+# BLOCK_M, BLOCK_N, num_warps and the most registers of the update by the most rows; the last, which is what keeps all
+# programs at work at once, for up to WIDE_RANK ranks. Rows are the dot's left operand, below 64 by mma.sync. From 64
+# on Hopper takes WGMMA, here outside of any loop and awaited at once: see ``hopper_matmul`` for what else can happen.
 UP = {
-    FEW_ROWS: ((16, 16, 2), (16, 16, 2)),
-    OWN_ROWS: ((16, 32, 4), (32, 64, 8)),
-    MAX_ROWS: ((16, 128, 8), (32, 64, 8)),
+    FEW_ROWS: ((16, 16, 2, None), (16, 16, 2, None)),
+    32: ((16, 32, 4, 128), (32, 32, 4, None)),
+    OWN_ROWS: ((16, 32, 4, 128), (64, 64, 8, 128)),
+    MAX_ROWS: ((32, 64, 8, 128), (64, 64, 8, 128)),
 }
+WIDE_RANK = 64  # beyond, more than 32 rows take more registers than there are
 # From so many values of K on, 8 warps instead of 4 share a row of W in a product that is not split.
 LONG_K = 4096
 
@@ -248,11 +251,14 @@ def add_update(base, bias, update, dtype, pdl, early=False):
     (splits, M, R), r, N = update.h.shape, update.b.shape[1], base.shape[-1]
     width = N // 2 if update.gated else N
     out = torch.empty(M, width, dtype=dtype, device=base.device)
-    block_m, block_n, warps = UP[next(rows for rows in UP if rows >= M)][width >= WIDE_N]
+    block_m, block_n, warps, registers = UP[next(rows for rows in UP if rows >= M)][width >= WIDE_N]
+    if r > WIDE_RANK:
+        block_m, registers = min(block_m, 32), None
     _up_kernel[(triton.cdiv(width, block_n), triton.cdiv(M, block_m))](
         base, update.h, update.b, bias, update.residual, out, update.scaling, update.columns, M, N, R, r,
         BASE=base.shape[0] if base.ndim == 3 else 1, SPLITS=splits, RANK=max(16, triton.next_power_of_2(r)),
         BLOCK_M=block_m, BLOCK_N=block_n, GATED=update.gated, PDL=pdl, EARLY=early, num_warps=warps, launch_pdl=pdl,
+        maxnreg=registers,
     )  # fmt: skip
     return out
 
