@@ -34,7 +34,7 @@ class ScoredExample(TaggedExample):
 
     def accepts(self, text):
         answer = extract_answer(text)
-        score = _reasoning_gym().get_score_answer_fn(self.source)
+        score = _scorer(_reasoning_gym().get_score_answer_fn, self.source)
         return answer is not None and score(answer, self.entry) >= 1
 
 
@@ -139,6 +139,12 @@ def _reasoning_gym():
         raise ValueError(
             f"tasks of reasoning-gym need the package: pip install reasoning-gym ({error})"
         ) from error
+
+
+@functools.cache
+def _scorer(get_score_answer_fn, source):
+    """The scorer of a generator: asking for one makes the generator, which reads a book for letter_counting."""
+    return get_score_answer_fn(source)
 
 
 def load_reasoning_gym(source):

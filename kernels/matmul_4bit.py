@@ -10,7 +10,8 @@ Routes by the number of rows; sums are float32 in all:
             but one.
     tiled   Hopper, from there to M = 256: out^T = W x^T by warp groups, W from registers (``tiled_matmul``), weights
             rounded to x's dtype.
-    hopper  The same by a kernel for Hopper alone, from M = 9 on, where N and K are large (``hopper_matmul``).
+    hopper  The same by a kernel for Hopper alone where N K is large (``hopper_matmul``): from M = 9 on, and from 1
+            where K >= 2 N.
     vector  M <= 4, 16-bit x: CUDA cores, the weights exact in float32 (``gemv_4bit``).
     fused   M <= 64, 16-bit x: codes are decoded in registers, rounded to x's dtype, and go through ``tl.dot``.
             Both read N*K/2 codes and N*K/QB scales (fused: for each 32 rows), x and y. FLOPs: 2*M*N*K.
@@ -59,7 +60,7 @@ _UNTILED = lambda pdl: {
     "nf4": {16: Config(*_FEW, pdl), 32: Config(*_MORE, pdl), 64: Config(*_MOST, pdl)},
     "int4": {16: Config(*_FEW, pdl), 32: Config(*_MORE, pdl)},
 }
-FEW_ROWS = 8  # up to so many, ``hopper_matmul`` is no faster
+FEW_ROWS = 8  # up to so many, ``hopper_matmul`` is faster for long rows of W alone
 HOPPER_ROWS = 16, 32, 64, 128, 256  # up to which a configuration of its serves
 # WGMMA, which ``tiled_matmul`` is made for, is Hopper's alone.
 PACKED_CONFIGS = {
@@ -181,11 +182,10 @@ def products(x, words, scales, bias, first_block, config):
 def product_config(arch, M, words, format):
     """The fastest fused configuration of packed codes (N, K/8) for M rows of 16-bit x, or None: dequantise, then a
     library matmul."""
-    config = packed_config(arch, M, format)
-    if config is None or arch != 90 or M <= FEW_ROWS or _runtime.INTERPRET:
+    config, N, K = packed_config(arch, M, format), len(words), 8 * words.shape[1]
+    if config is None or arch != 90 or _runtime.INTERPRET or (M <= FEW_ROWS and K < 2 * N):
         return config
-    rows = next(rows for rows in HOPPER_ROWS if rows >= M)
-    return hopper_config(len(words), 8 * words.shape[1], rows) or config
+    return hopper_config(N, K, next(rows for rows in HOPPER_ROWS if rows >= M)) or config
 
 
 def packed_config(arch, M, format):

@@ -18,9 +18,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreter" if INTE
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-        if "oracle" in item.keywords and "oracle" not in config.option.markexpr:
+        if item.get_closest_marker("oracle") and "oracle" not in config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="make test-oracles"))
 
 

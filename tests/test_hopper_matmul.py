@@ -129,7 +129,7 @@ def test_the_bits_of_the_tiled_product(format, double_quant, block_m, units, spl
 
 @pytest.mark.gpu
 @every_format
-@pytest.mark.parametrize("M", [9, 16, 17, 32, 64, 65, 128, 256])
+@pytest.mark.parametrize("M", [1, 9, 16, 17, 32, 64, 65, 128, 256])
 @pytest.mark.parametrize("N, K", [(17920, 1536), (1536, 8960), (6144, 4096), (4096, 14336)])
 def test_integers_are_exact_on_cuda(format, double_quant, M, N, K):
     q, weight = witness(64, K, format, double_quant, torch.bfloat16, seed=M)
@@ -142,7 +142,7 @@ def test_integers_are_exact_on_cuda(format, double_quant, M, N, K):
 
 @pytest.mark.gpu
 @every_format
-@pytest.mark.parametrize("M", [9, 33, 100, 256])
+@pytest.mark.parametrize("M", [1, 9, 33, 100, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_real_shapes_on_cuda(format, double_quant, M, dtype):
     generator = torch.Generator().manual_seed(M)
