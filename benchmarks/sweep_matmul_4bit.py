@@ -15,6 +15,7 @@ from unittest import mock
 import measurement
 import torch
 from nanogrpo.kernels import _runtime, dequantize_4bit, packed_matmul, quantize_4bit, tiled_matmul
+from nanogrpo.kernels.hopper_matmul import HopperConfig
 from nanogrpo.kernels.packed_matmul import Config
 from nanogrpo.kernels.tiled_matmul import TileConfig
 
@@ -26,9 +27,11 @@ ROWS = {
     "fused": (4, 8, 16, 64),
     "packed": (1, 2, 4, 8, 16, 32, 64),
     "tiled": (32, 64, 128, 256),
+    "hopper": (16, 32, 64, 128, 256),
 }
-# As in the tables: BLOCK_N, num_warps, num_stages, programs; packed: ``Config``, tiled: ``TileConfig``. The programs
-# decide how K is split.
+PACKED = "packed", "tiled", "hopper"  # routes of packed codes
+# As in the tables: BLOCK_N, num_warps, num_stages, programs; packed: ``Config``, tiled: ``TileConfig``, whose
+# programs decide how K is split; hopper: ``HopperConfig``.
 CANDIDATES = {
     "vector": [(*tile, 1, programs) for tile in ((8, 4), (16, 4), (32, 4)) for programs in (256, 512, 1024)],
     "fused": [
@@ -42,6 +45,11 @@ CANDIDATES = {
         for tile in ((32, 64, 4), (64, 64, 4), (64, 128, 8), (128, 64, 4))
         for stages, unroll in ((2, 1), (3, 1), (2, 2))
         for programs in (264, 396, 528)
+    ],
+    "hopper": [
+        HopperConfig(block_m, units, splits, True)
+        for block_m, units in ((16, 1), (16, 3), (32, 1), (64, 1), (64, 3), (64, 4), (128, 2), (128, 3))
+        for splits in (1, 2, 4, 7, 10)
     ],
     "packed": [
         Config(*tile, programs, True)
@@ -59,11 +67,9 @@ CANDIDATES = {
 
 
 def forced(route, config, arch):
-    """Tables under which every call of up to 256 rows (vector, fused: 64) takes ``route`` with ``config``."""
-    if route in ("packed", "tiled"):
-        return mock.patch.object(
-            module, "PACKED_CONFIGS", {arch: dict.fromkeys(("nf4", "int4"), {256: config})}
-        )
+    """What makes every call (vector, fused: of up to 64 rows) take ``route`` with ``config``."""
+    if route in PACKED:
+        return mock.patch.object(module, "product_config", lambda *_: config)
     vector = {arch: ((64 if route == "vector" else 0), *config)}
     return mock.patch.multiple(module, VECTOR_CONFIGS=vector, CONFIGS={arch: (64, *config)})
 
@@ -78,7 +84,10 @@ def distinct(route, configs, N, K):
     """The configurations without those that split K as another one does."""
     plans = {}
     for config in configs:
-        if route in ("packed", "tiled"):
+        if route == "hopper":
+            plans.setdefault((config[:2], min(config.splits, K // packed_matmul.TILE)), config)
+            continue
+        if route in PACKED:
             plan = packed_matmul.plan if route == "packed" else tiled_matmul.tile_plan
             plans.setdefault((config[:4], plan(N, K // packed_matmul.TILE, config)), config)
             continue
@@ -115,7 +124,7 @@ def main(seconds):
         weight = torch.randn(N, K, generator=generator, device="cuda").bfloat16() / K**0.5
         q = quantize_4bit(weight, format)
         codes, scales, *_ = q.operands()
-        forms = dict.fromkeys(("packed", "tiled"), measurement.rotated((q.packed().codes, *scales), "cuda"))
+        forms = dict.fromkeys(PACKED, measurement.rotated((q.packed().codes, *scales), "cuda"))
         forms["vector"] = forms["fused"] = measurement.rotated((codes, *scales), "cuda")
         for route, configs in CANDIDATES.items():
             copies = forms[route]

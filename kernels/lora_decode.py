@@ -31,7 +31,7 @@ from . import _runtime
 from .code_words import aligned
 from .dependent_launch import prefetch
 from .hopper_matmul import HopperConfig, hopper_products
-from .matmul_4bit import _matmul_triton, packed_config, product_config, products
+from .matmul_4bit import _matmul_triton, packed_config, product_config
 from .packed_matmul import FEW_PROGRAMS, Config, Update, packed_products, part_of, weight_operand, x_operand
 from .quantization import kernel_format
 from .tiled_matmul import TileConfig, tiled_products
@@ -276,39 +276,36 @@ def few_rows(
     format, config = None, None
     if quant_block and words.dtype == torch.int32 and x.dtype != torch.float32:
         format = kernel_format(weight[1:])
-        # to few rows, one of Triton's kernels adds the update in the same launch
-        config = (
-            packed_config(arch, len(x), format)
-            if len(x) <= FEW_ROWS
-            else product_config(arch, len(x), words, format)
-        )
+        if len(x) <= FEW_ROWS:
+            config = packed_config(arch, len(x), format)  # adds the update in the same launch
+        else:
+            config = product_config(arch, len(x), words, format)
     own = len(x) <= OWN_ROWS or config is not None
     pdl = own and arch >= 90  # between a library's kernels it gains nothing
     assembly = not _runtime.INTERPRET
+    operands = x, words, weight[1:], bias, first_block, format
+    of_update = lora_b, scaling, tuple(columns), gated, residual
     with _runtime.launch_on(x):
         if isinstance(config, TileConfig):
-            operands = x, words, weight[1:], bias, first_block, format, config
-            base, h = tiled_products(*operands, assembly, a=lora_a)
-            update = Update(h, lora_b, scaling, tuple(columns), gated, residual)
-            return add_update(base, bias if base.ndim == 3 else None, update, x.dtype, pdl, early=pdl)
-        if own:
-            h = ranks(x, lora_a, pdl, len(words) >= 2 * WIDE_N)
+            base, h = tiled_products(*operands, config, assembly, a=lora_a)
         else:
-            h = torch.mm(x, lora_a.to(x.dtype).t())[None]
-        update = Update(h, lora_b, scaling, tuple(columns), gated, residual)
-        if isinstance(config, Config) and not config.over_n:
-            warps = 8 if x.shape[1] >= LONG_K and len(words) <= 16 * FEW_PROGRAMS else 4
-            whole = Config(False, warps, 1, config.columns, 1, pdl)
-            operands = x, words, weight[1:], bias, first_block, format, whole
-            return packed_products(*operands, assembly, update=update, late=pdl)
-        if isinstance(config, HopperConfig):
-            operands = x, words, weight[1:], bias, first_block, format, config
-            base = hopper_products(*operands, late=pdl)
-            return add_update(base, bias if base.ndim == 3 else None, update, x.dtype, pdl, early=pdl)
-        if config is not None:
-            base = products(x, words, weight[1:], bias, first_block, config)
-        elif quant_block:
-            base = _matmul_triton(x, words, weight[1:], bias, quant_block, first_block)
-        else:
-            base = torch.nn.functional.linear(x, words, bias)
-        return add_update(base, bias if base.ndim == 3 else None, update, x.dtype, pdl)
+            if own:
+                h = ranks(x, lora_a, pdl, len(words) >= 2 * WIDE_N)
+            else:
+                h = torch.mm(x, lora_a.to(x.dtype).t())[None]
+            if isinstance(config, Config) and not config.over_n:
+                warps = 8 if x.shape[1] >= LONG_K and len(words) <= 16 * FEW_PROGRAMS else 4
+                whole = Config(False, warps, 1, config.columns, 1, pdl)
+                return packed_products(*operands, whole, assembly, update=Update(h, *of_update), late=pdl)
+            if isinstance(config, HopperConfig):
+                base = hopper_products(*operands, config, late=pdl)
+            elif isinstance(config, Config):
+                base = packed_products(*operands, config, assembly)
+            elif quant_block:
+                base = _matmul_triton(x, words, weight[1:], bias, quant_block, first_block)
+            else:
+                base = torch.nn.functional.linear(x, words, bias)
+        # Hopper's products let the update start behind their own wait: that b is complete is promised.
+        early = pdl and isinstance(config, (TileConfig, HopperConfig))
+        bias = bias if base.ndim == 3 else None
+        return add_update(base, bias, Update(h, *of_update), x.dtype, pdl, early)

@@ -15,7 +15,7 @@ from nanogrpo.kernels.lora_decode import few_rows
 from nanogrpo.kernels.matmul_4bit import HOPPER_ROWS, matmul_4bit
 from nanogrpo.kernels.quantization import kernel_format
 from nanogrpo.kernels.tiled_matmul import TileConfig, tiled_products
-from test_packed_matmul import FORMATS, check, every_format, made, witness
+from test_packed_matmul import check, every_format, made, witness
 
 COMPILES = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Gluon has no interpreter")
 # block_m, units and splits of K of every kind that the plans make
@@ -41,15 +41,24 @@ def test_plans_cover_the_work(groups, tiles, rows):
 
 
 @COMPILES
-@pytest.mark.parametrize("block_m, units, splits", PLANS)
 @pytest.mark.parametrize(
-    "format, double_quant, dtype", [(*f, torch.bfloat16) for f in FORMATS] + [("nf4", False, torch.float16)]
+    "format, double_quant, dtype, plan",
+    [("nf4", False, torch.bfloat16, plan) for plan in PLANS]
+    + [
+        (*kind, plan)
+        for kind in (
+            ("nf4", True, torch.bfloat16),
+            ("int4", False, torch.bfloat16),
+            ("nf4", False, torch.float16),
+        )
+        for plan in ((64, 1, 5), (128, 3, 2))
+    ],
 )
-def test_compiles(block_m, units, splits, format, double_quant, dtype, tmp_path):
+def test_compiles(format, double_quant, dtype, plan, tmp_path):
     """Within shared memory and registers that let as many programs run at once as the plans count on."""
-    q = made(200, 1152, format, double_quant).packed()
+    q, (block_m, units, _) = made(200, 1152, format, double_quant).packed(), plan
     x, bias = torch.zeros(block_m, 1152).to(dtype), torch.zeros(200).to(dtype)
-    config = HopperConfig(block_m, units, splits, True)
+    config = HopperConfig(*plan, True)
     launches = assert_compiles(lambda: run(x, q, bias, config), 90, {"hopper_kernel"})
     used, resident = resource_usage(launches[0][1], tmp_path), REGISTERS[units][2]
     assert used["STACK"] == 0, "registers spilled"
