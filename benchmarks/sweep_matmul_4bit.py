@@ -85,7 +85,7 @@ def distinct(route, configs, N, K):
     plans = {}
     for config in configs:
         if route == "hopper":
-            plans.setdefault((config[:2], min(config.splits, K // packed_matmul.TILE)), config)
+            plans.setdefault((config[:2], -(-(K // packed_matmul.TILE) // config.splits)), config)
             continue
         if route in PACKED:
             plan = packed_matmul.plan if route == "packed" else tiled_matmul.tile_plan

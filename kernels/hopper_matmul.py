@@ -3,12 +3,13 @@
 A program takes 64 UNITS rows of W and BLOCK_M rows of x. A warp of its own brings codes and x to shared memory by the
 tensor memory accelerator, STAGES tiles of 128 elements of K ahead, so that nothing but arithmetic is left to the
 others. Each warp group decodes its 64 rows of W to registers, from which the tensor cores take them (out^T = W @
-x^T), half a tile while the product of the half before still runs. All groups share x: from 64 rows of x on, bringing
-x from the L2 cache to the multiprocessors is what takes longest, (4096 UNITS + 256 BLOCK_M) bytes a tile.
+x^T), half a tile while the product of the half before still runs. (With more than one group ptxas 12.8 makes each
+wait for its own products; they still overlap with the other groups' decoding.) All groups share x: from 64 rows of x
+on, bringing x from the L2 cache to the multiprocessors takes longest, (4096 UNITS + 256 BLOCK_M) bytes a tile.
 
 Arithmetic and order of sums are those of ``tiled_matmul``, bit for bit where K is split alike, and so are partial
-sums, ranks of adapters and what a row's result depends on. That kernel is what Triton's interpreter can run; this one
-is written in Gluon, which sees registers, barriers and warps, and has no interpreter.
+sums and what a row's result depends on. That kernel is what Triton's interpreter can run; this one is written in
+Gluon, which sees registers, barriers and warps, and has no interpreter.
 
 ptxas before CUDA 13.3 gives away registers of a running product. Here every product's operand is named in the wait
 that ends it, and what is written to the same registers next is computed from values that pass through that wait.
@@ -34,18 +35,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .code_words import aligned
 from .packed_codes import TILE
 from .packed_matmul import per_tile_scales
+from .tiled_matmul import MOST_SPLITS
 from .warp_group_weights import ROWS, WORDS, U, decoded, fill_table, lane_table, operand
 
-MOST_SPLITS = 10  # of K, as in ``tiled_matmul``
 PROCESSORS = 132  # multiprocessors that the plans below fill
 LEAST_VALUES = 1 << 23  # of W: with fewer, a program's start costs more than it gains
 # By UNITS: registers of a thread at launch, those of a warp group behind the first, which takes what is left, and
 # programs that then fit on a multiprocessor.
-REGISTERS = {1: (128, 232, 2), 2: (168, 240, 1), 3: (128, 160, 1), 4: (96, 112, 1)}
+REGISTERS = {1: (128, None, 2), 2: (168, 240, 1), 3: (128, 160, 1), 4: (96, 112, 1)}
 TILE_MICROSECONDS, BYTES_A_MICROSECOND = {2: 1.09, 3: 1.55}, 4e6  # with 128 rows of x, measured on an H200
 FETCH_REGISTERS = gl.constexpr(24)
 TABLE_KB, MOST_STAGES = 34, 8  # the table, barriers and what CUDA keeps for itself
 
+# Gluon's own arrival is behind a barrier of the whole group; at these, each warp lets go of a slot by itself.
 # All of a program's static shared memory is whole kilobytes: dynamic memory behind it must be aligned so.
 _EMPTY = gl.constexpr("{ .shared .align 1024 .b64 empty[128]; mov.u32 $0, empty; }")
 _INIT = gl.constexpr(
@@ -216,7 +218,8 @@ def hopper_kernel(
 ):  # fmt: skip
     """64 UNITS columns of x @ W.T over ``steps`` tiles of K: ``out`` (M, N) with bias or partial sums (SPLIT, M, N).
 
-    x, codes: descriptors of (M, 128 tiles) and of int32 (N, 16 tiles); scales and LATE as those of ``packed_kernel``.
+    x, codes: descriptors of (M, 128 tiles) and of int32 (N, 16 tiles); scales as those of ``packed_kernel``. LATE:
+    the kernel before has promised that x is complete; its own end is waited for before anything is stored.
     """
     n0 = gl.program_id(0) * (64 * UNITS)
     m0 = gl.program_id(1) * BLOCK_M
@@ -296,15 +299,22 @@ def hopper_config(N, K, rows):
                 return HopperConfig(rows, units, 1, True)
         return HopperConfig(rows, 1, max(1, min(2 * PROCESSORS // groups, most)), True)
 
-    def microseconds(units):
+    def planned(units):
+        """Microseconds, units and splits."""
         programs = triton.cdiv(groups, units) * (rows // 128)
         splits = max(1, min(PROCESSORS // programs, most))
         turns = triton.cdiv(programs * splits, PROCESSORS) * triton.cdiv(tiles, splits)
         partial = 8 * splits * rows * N / BYTES_A_MICROSECOND  # sums, written and read
-        return turns * TILE_MICROSECONDS[units] + partial, splits
+        return turns * TILE_MICROSECONDS[units] + partial, units, splits
 
-    units = min(TILE_MICROSECONDS, key=lambda units: microseconds(units)[0])
-    return HopperConfig(128, units, microseconds(units)[1], True)
+    _, units, splits = min(map(planned, TILE_MICROSECONDS))
+    return HopperConfig(128, units, splits, True)
+
+
+def stages_of(block_m, units):
+    """Tiles that shared memory holds; two at least, since a tile is let go of when the next one's products begin."""
+    stages = (227 // REGISTERS[units][2] - TABLE_KB) // (4 * units + block_m // 4)
+    return min(MOST_STAGES, stages)
 
 
 def hopper_products(x, words, scales, bias, first_block, format, config, *, late=False):
@@ -314,10 +324,10 @@ def hopper_products(x, words, scales, bias, first_block, format, config, *, late
     steps = triton.cdiv(K // TILE, splits)
     split = triton.cdiv(K // TILE, steps)
     out = x.new_empty(M, N) if split == 1 else x.new_empty(split, M, N, dtype=torch.float32)
-    registers, of_group, resident = REGISTERS[units]
-    stages = min(MOST_STAGES, (227 // resident - TABLE_KB) // (4 * units + block_m // 4))
+    registers, of_group, _ = REGISTERS[units]
+    stages = stages_of(block_m, units)
     hopper_kernel[(triton.cdiv(N, 64 * units), triton.cdiv(M, block_m), split)](
-        TensorDescriptor.from_tensor(x, [block_m, 64], X_LAYOUT),
+        TensorDescriptor(x, [M, K], [K, 1], [block_m, 64], X_LAYOUT),  # one row may have any stride
         TensorDescriptor.from_tensor(aligned(words), [64, 16], CODES_LAYOUT),
         per_tile_scales(scales, format), bias, out, M, N, K // TILE, steps, first_block,
         FORMAT=format, PARTIAL=split > 1, PDL=pdl, LATE=late, BLOCK_M=block_m, UNITS=units, STAGES=stages,

@@ -12,7 +12,7 @@ for ``add_update`` alone: h and the base product are a library's. Either way wha
 a decoder layer: see ``few_rows``. A and B are read where they lie, in their own dtype (by a library a float32 A is
 rounded first, by a launch): an optimiser step needs no copy, and a captured graph stays valid.
 
-Bytes beside the base's: A once for each 32 to 128 rows, B once for each 16 or 32, S M R float32 partial sums of h
+Bytes beside the base's: A once for each 32 to 128 rows, B once for each 16 to 64, S M R float32 partial sums of h
 written, and read by every program that updates; y again where ``add_update`` runs. FLOPs: 2 M (K R + N r). Memory:
 the partial sums, S <= 12 or the parts of the base (by a library: h, and W), and with ``add_update`` the base's y or
 partial sums.
@@ -20,7 +20,7 @@ partial sums.
 Precision: A and B are rounded to x's dtype, sums are float32 in a fixed order, h is rounded to x's dtype once; bias
 and update are added in float32, to the base's float32 sums or to its rounded y. What follows y starts from the
 rounded y, as if it were an operation of its own. A row's result depends on no other row between two meeting points: M
-= 16, 64 and 256, and those of the base; by a library as far as that keeps to one algorithm.
+= 16, 32, 64 and 256, and those of the base; by a library as far as that keeps to one algorithm.
 """
 
 import torch
@@ -45,9 +45,9 @@ DOWN = (4, 64, 12, 3)
 # For more rows: BLOCK_K, num_warps, num_stages, the blocks of K that a program takes at least, and the most parts.
 TILED_DOWN = (128, 4, 3, 4, 6)
 WIDE_N = 4096  # from so many outputs on, the second of two configurations of the update
-# BLOCK_M, BLOCK_N, num_warps and the most registers of the update by the most rows; the last, which is what keeps all
-# programs at work at once, for up to WIDE_RANK ranks. Rows are the dot's left operand, below 64 by mma.sync. From 64
-# on Hopper takes WGMMA, here outside of any loop and awaited at once: see ``hopper_matmul`` for what else can happen.
+# BLOCK_M, BLOCK_N, num_warps and the most registers of the update by the most rows. So many registers let all
+# programs run at once; they suffice for WIDE_RANK ranks. Rows are the dot's left operand, below 64 by mma.sync; from
+# 64 on Hopper takes WGMMA, here outside of any loop and awaited at once: see ``hopper_matmul`` for why.
 UP = {
     FEW_ROWS: ((16, 16, 2, None), (16, 16, 2, None)),
     32: ((16, 32, 4, 128), (32, 32, 4, None)),

@@ -33,8 +33,8 @@ def rotary_frequencies(config):
 
 class DecoderLayer(nn.Module):
     """Launches a call of 16-bit rows on CUDA, with 16-bit adapters on packed codes: 4 linears of 2 up to 256 rows on
-    Hopper (elsewhere from 17 rows on 3 or 4), with SwiGLU and the last addition in them, 2 norms, and attention's
-    own, which rotates q and k; 2 more for a norm of these.
+    Hopper (large ones from 17 rows on 3; elsewhere from 17 rows on 3 or 4), with SwiGLU and the last addition in
+    them, 2 norms, and attention's own, which rotates q and k; 2 more for a norm of these.
     """
 
     def __init__(self, config, index, weights):
