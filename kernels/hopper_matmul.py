@@ -3,9 +3,9 @@
 A program takes 64 UNITS rows of W and BLOCK_M rows of x. A warp of its own brings codes and x to shared memory by the
 tensor memory accelerator, STAGES tiles of 128 elements of K ahead, so that nothing but arithmetic is left to the
 others. Each warp group decodes its 64 rows of W to registers, from which the tensor cores take them (out^T = W @
-x^T), half a tile while the product of the half before still runs. (With more than one group ptxas 12.8 makes each
-wait for its own products; they still overlap with the other groups' decoding.) All groups share x: from 64 rows of x
-on, bringing x from the L2 cache to the multiprocessors takes longest, (4096 UNITS + 256 BLOCK_M) bytes a tile.
+x^T), half a tile while the product of the half before still runs. (With more than one group ptxas 12.8 makes a group
+wait for each of its products.) All groups share x: from 64 rows of x on, what bounds a tile is bringing (4096 UNITS +
+256 BLOCK_M) bytes of it from the L2 cache to a multiprocessor.
 
 Arithmetic and order of sums are those of ``tiled_matmul``, bit for bit where K is split alike, and so are partial
 sums and what a row's result depends on. That kernel is what Triton's interpreter can run; this one is written in

@@ -47,7 +47,7 @@ TILED_DOWN = (128, 4, 3, 4, 6)
 WIDE_N = 4096  # from so many outputs on, the second of two configurations of the update
 # BLOCK_M, BLOCK_N, num_warps and the most registers of the update by the most rows. So many registers let all
 # programs run at once; they suffice for WIDE_RANK ranks. Rows are the dot's left operand, below 64 by mma.sync; from
-# 64 on Hopper takes WGMMA, here outside of any loop and awaited at once: see ``hopper_matmul`` for why.
+# 64 on Hopper takes WGMMA, here outside of any loop and awaited at once (why: ``hopper_matmul``).
 UP = {
     FEW_ROWS: ((16, 16, 2, None), (16, 16, 2, None)),
     32: ((16, 32, 4, 128), (32, 32, 4, None)),

@@ -2,8 +2,8 @@
 
 nf4 codes are looked up in pairs, in a table in shared memory: an entry for each byte of two codes, and a copy of the
 table for each lane of a warp. Entry e of lane i is the word at 128 e + 4 i, in that lane's own bank, so that lanes
-never wait for each other. Filling its 32 KiB costs a program about as much time as decoding 16,384 weights; looking
-up takes half the instructions that the permutations of ``packed_codes`` take, for the same bits. int4 codes are
+never wait for each other. Filling its 32 KiB takes as many accesses as looking up 16,384 weights; looking up takes 16
+instructions for eight weights where the permutations of ``packed_codes`` take 23, for the same bits. int4 codes are
 decoded as there. In Gluon, for ``hopper_matmul``.
 """
 
@@ -35,7 +35,6 @@ _LOOK_UP = gl.constexpr(
 _LOOK_UP_CONSTRAINTS = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r,r")
 # Two values at once, as ``tiled_matmul`` scales them: by 16 bits of the scale, with one rounding.
 _SCALE = gl.constexpr("{ .reg .b32 t; mul.rn.bf16x2 t, $1, $3; fma.rn.bf16x2 $0, $1, $2, t; }")
-
 
 # A tile's words (64 rows, u, 16), of which a lane holds what it decodes: rows g and g + 8 of its warp's sixteen,
 # words 4 s + 2 v + l, nibbles of u. Both lanes u read the same words.
