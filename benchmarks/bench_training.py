@@ -2,7 +2,8 @@
 
 Beside it transformers' model with bitsandbytes' linears, PEFT's adapters and torch's checkpointing, which gets the
 same sequences as a batch without padding. Where sequences share a prompt, the contender is the same pass without
-sharing. Micro-batches are cut as the trainer cuts them, for all contenders, and their gradients added up.
+sharing. Micro-batches are cut as the trainer cuts them, for all contenders, and their gradients added up. Where
+gradients leave for the CPU's memory, the adapters are of the model's dtype, as the trainer then has them.
 """
 
 import cases
@@ -13,6 +14,7 @@ import pytest
 import torch
 from comparison import Error, Peer, distance
 from float64_model import logprobs_in_float64, wide_parameters
+from nanogrpo.grpo.master_weights import MasterWeights
 from nanogrpo.rollout import split_by_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +30,7 @@ def ours(share_prefix=False, at_once=False):
         policy = problem.policy
         mask = torch.zeros(problem.ids.shape, dtype=torch.bool)
         mask[:, problem.prompt :] = True
-        ids, parameters = problem.ids.cpu(), list(policy.adapters().values())
+        ids, parameters = problem.ids.cpu(), list(problem.trained.values())
         policy.model.checkpoint_layers = True
         if policy.steps is not None:
             policy.steps.clear()  # of other passes, so that all memory that this one takes is seen
@@ -86,6 +88,8 @@ THEIRS = Peer("transformers + PEFT + bitsandbytes", "peft", transformers, rounds
 
 
 def peers(training):
+    if training.offload:
+        return [Peer("ours", None, ours())]
     if training.shared:
         return [
             Peer("ours", None, ours(share_prefix=True)),
@@ -99,7 +103,11 @@ class Problem:
     """Random ids, one prompt for all where it is shared, and a random gradient of every log-prob."""
 
     def __init__(self, training):
-        self.policy = policies.policy_of(training.model, "nf4", training.r, DEVICE, spread=0.01)
+        adapters = "bfloat16" if training.offload and DEVICE == "cuda" else "float32"
+        # A policy whose gradients have been led elsewhere is nobody else's.
+        policy_of = policies.policy_of.__wrapped__ if training.offload else policies.policy_of
+        self.policy = policy_of(training.model, "nf4", training.r, DEVICE, adapters, spread=0.01)
+        self.trained = MasterWeights(self.policy).parameters if training.offload else self.policy.adapters()
         self.prompt, self.budget, vocab = training.prompt, training.budget, self.policy.config.vocab_size
         generator = torch.Generator(DEVICE).manual_seed(0)
         shape = training.sequences, training.length
@@ -146,7 +154,7 @@ def test_training(compare, training):
         got, got_grads = result
         return {
             "log-prob error": Error((got.to(DEVICE) - logprobs).abs().max().item(), limits[0]),
-            "gradient error": distance(flat(got_grads), whole, limits[1]),
+            "gradient error": distance(flat(got_grads).to(DEVICE), whole, limits[1]),
         }
 
     def facts_of_ours(contenders):

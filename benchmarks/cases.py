@@ -290,7 +290,8 @@ def ranks(device):
 
 class Training(NamedTuple):
     """A model's forward and backward pass under LoRA of rank r: ``sequences`` of ``length`` tokens, of which the
-    first ``prompt`` are not scored; ``shared``: they are one prompt; ``budget``: tokens of a micro-batch (0: all)."""
+    first ``prompt`` are not scored; ``shared``: they are one prompt; ``budget``: tokens of a micro-batch (0: all);
+    ``offload``: gradients leave for the CPU's memory, as the optimiser adamw_offload has it."""
 
     model: str
     r: int
@@ -299,12 +300,14 @@ class Training(NamedTuple):
     length: int
     shared: bool
     budget: int = 0
+    offload: bool = False
 
     def __str__(self):
         own = self.length - self.prompt * self.shared
         prompt = f"{self.prompt} shared + " * self.shared
         budget = f" in micro-batches of {self.budget}" * (self.budget > 0)
-        return f"{self.model}, r={self.r}, {prompt}{self.sequences} x {own} tokens{budget}"
+        leave = ", gradients to the CPU" * self.offload
+        return f"{self.model}, r={self.r}, {prompt}{self.sequences} x {own} tokens{budget}{leave}"
 
     def case(self, device):
         names = ["sequences", "prompt", "length", "r"] + ["budget"] * (self.budget > 0)
@@ -317,11 +320,13 @@ def training(device):
     if device == "cpu":
         return [
             Training("tiny-qwen2", 8, 2, 8, 24, False),
+            Training("tiny-qwen2", 8, 2, 8, 24, False, offload=True),
             Training("tiny-qwen2", 8, 5, 8, 24, False, budget=48),
             Training("tiny-qwen2", 8, 3, 20, 30, True),
         ]
     return [
         Training("Qwen2.5-1.5B", 64, 8, 128, 328, False),
+        Training("Qwen2.5-1.5B", 64, 8, 128, 328, False, offload=True),
         Training("Qwen2.5-1.5B", 64, 8, 128, 1152, False),
         Training("Qwen2.5-1.5B", 64, 8, 128, 1152, False, budget=2304),
         Training("Qwen2.5-1.5B", 64, 16, 1024, 1536, True),

@@ -5,6 +5,7 @@ that register the same name silently override each other.
 """
 
 import contextlib
+import functools
 import os
 
 import torch
@@ -41,6 +42,12 @@ def arch(device):
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def processors(device):
+    """Multiprocessors of ``device``; 2 on the CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def launch_on(tensor):

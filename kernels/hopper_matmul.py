@@ -36,6 +36,7 @@ from .code_words import aligned
 from .packed_codes import TILE
 from .packed_matmul import per_tile_scales
 from .tiled_matmul import MOST_SPLITS
+from .warp_barriers import arrive, await_phase, group_barrier, make_empty, next_slot
 from .warp_group_weights import ROWS, WORDS, U, decoded, fill_table, lane_table, operand
 
 PROCESSORS = 132  # multiprocessors that the plans below fill
@@ -47,31 +48,9 @@ TILE_MICROSECONDS, BYTES_A_MICROSECOND = {2: 1.09, 3: 1.55}, 4e6  # with 128 row
 FETCH_REGISTERS = gl.constexpr(24)
 TABLE_KB, MOST_STAGES = 34, 8  # the table, barriers and what CUDA keeps for itself
 
-# Gluon's own arrival is behind a barrier of the whole group; at these, each warp lets go of a slot by itself.
-# All of a program's static shared memory is whole kilobytes: dynamic memory behind it must be aligned so.
-_EMPTY = gl.constexpr("{ .shared .align 1024 .b64 empty[128]; mov.u32 $0, empty; }")
-_INIT = gl.constexpr(
-    "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
-    " @p mbarrier.init.shared::cta.b64 [$1], $2; mov.u32 $0, 0; }"
-)
-_ARRIVE = gl.constexpr(
-    "{ .reg .pred p, q; setp.ne.u32 q, $2, 0; elect.sync _|p, 0xFFFFFFFF; and.pred p, p, q;"
-    " @p mbarrier.arrive.shared::cta.b64 _, [$1]; mov.u32 $0, 0; }"
-)
-_AWAIT = gl.constexpr(
-    "{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @!p bra again; mov.u32 $0, 0; }"
-)
-_FOUR_WARPS = gl.constexpr("bar.sync 0, 128; mov.u32 $0, $1;")
 _PREFETCH = gl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 CODES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=32, rank=2)
 X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-
-
-@gluon.jit
-def _arrive(barrier, when):
-    gl.inline_asm_elementwise(
-        _ARRIVE, "=r,r,r", [barrier, when.to(gl.int32)], gl.int32, is_pure=False, pack=1
-    )
 
 
 @gluon.jit
@@ -108,7 +87,7 @@ def _fetch_x(x, x_ring, full, m0, tile, slot):
 @gluon.jit
 def _fetch(
     to_fetch,
-    PDL: gl.constexpr, LATE: gl.constexpr, BLOCK_M: gl.constexpr, UNITS: gl.constexpr, STAGES: gl.constexpr,
+    PDL: gl.constexpr, BLOCK_M: gl.constexpr, UNITS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What the fetching warp does: codes and x of a tile as slots fall empty."""
     x, codes, x_ring, codes_ring, full, empty, n0, m0, first, last = to_fetch
@@ -118,7 +97,7 @@ def _fetch(
         if first + ahead < last:
             mbarrier.expect(full.index(ahead), BYTES)
             _fetch_codes(codes, codes_ring, full, n0, first + ahead, ahead, UNITS)
-    if PDL and not LATE:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
     for ahead in gl.static_range(STAGES):
@@ -127,19 +106,11 @@ def _fetch(
     slot = 0
     phase = 0
     for tile in range(first + STAGES, last):
-        gl.inline_asm_elementwise(
-            _AWAIT, "=r,r,r", [empty + 8 * slot, phase], gl.int32, is_pure=False, pack=1
-        )
+        await_phase(empty + 8 * slot, phase)
         mbarrier.expect(full.index(slot), BYTES)
         _fetch_codes(codes, codes_ring, full, n0, tile, slot, UNITS)
         _fetch_x(x, x_ring, full, m0, tile, slot)
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
-    if PDL and LATE:
-        gdc_wait()
-        gdc_launch_dependents()
+        slot, phase = next_slot(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -188,16 +159,13 @@ def _multiply(
         even = operand(v0, v1, scales, raw, raw_minimum, block, 0, FORMAT, OPERAND)
         acc = warpgroup_mma(even, x_ring.index(2 * slot).permute((1, 0)), acc, is_async=True)
         acc, odd, v2, v3 = warpgroup_mma_wait(1, deps=[acc, odd, value[2], value[3]])
-        _arrive(empty + 8 * before, tile > first)
+        arrive(empty + 8 * before, tile > first)
         odd = operand(v2, v3, scales, raw, raw_minimum, block, 1, FORMAT, OPERAND)
         acc = warpgroup_mma(odd, x_ring.index(2 * slot + 1).permute((1, 0)), acc, is_async=True)
         raw, raw_minimum = next_raw, next_minimum
         next_raw, next_minimum = later_raw, later_minimum
         before = slot
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = next_slot(slot, phase, STAGES)
     acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
     if PDL:
         gdc_wait()
@@ -213,13 +181,12 @@ def _multiply(
 @gluon.jit(do_not_specialize=["M", "tiles", "steps", "first_block"])
 def hopper_kernel(
     x, codes, scales, bias, out, M, N, tiles, steps, first_block,
-    FORMAT: gl.constexpr, PARTIAL: gl.constexpr, PDL: gl.constexpr, LATE: gl.constexpr,
+    FORMAT: gl.constexpr, PARTIAL: gl.constexpr, PDL: gl.constexpr,
     BLOCK_M: gl.constexpr, UNITS: gl.constexpr, STAGES: gl.constexpr, GROUP_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """64 UNITS columns of x @ W.T over ``steps`` tiles of K: ``out`` (M, N) with bias or partial sums (SPLIT, M, N).
 
-    x, codes: descriptors of (M, 128 tiles) and of int32 (N, 16 tiles); scales as those of ``packed_kernel``. LATE:
-    the kernel before has promised that x is complete; its own end is waited for before anything is stored.
+    x, codes: descriptors of (M, 128 tiles) and of int32 (N, 16 tiles); scales as those of ``packed_kernel``.
     """
     n0 = gl.program_id(0) * (64 * UNITS)
     m0 = gl.program_id(1) * BLOCK_M
@@ -229,16 +196,14 @@ def hopper_kernel(
     x_ring = gl.allocate_shared_memory(x.dtype, [2 * STAGES, BLOCK_M, 64], x.layout)
     codes_ring = gl.allocate_shared_memory(gl.int32, [STAGES * UNITS, 64, 16], codes.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.inline_asm_elementwise(_EMPTY, "=r", [], gl.int32, is_pure=False, pack=1)
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
-        count = 4 * UNITS  # every warp that reads
-        gl.inline_asm_elementwise(_INIT, "=r,r,r", [empty + 8 * slot, count], gl.int32, is_pure=False, pack=1)
+    empty = make_empty(STAGES, 4 * UNITS)  # every warp that reads
     fence_async_shared()
     table = 0
     if FORMAT != "int4":
         table = fill_table(x.dtype)
-    table = gl.inline_asm_elementwise(_FOUR_WARPS, "=r,r", [table], gl.int32, is_pure=False, pack=1)
+    table = group_barrier(table, 128)
     given = (
         x_ring, codes_ring, full, empty, table, scales, bias, out, M, N, tiles, first_block, n0, m0, first, last,
         split,
@@ -249,20 +214,20 @@ def hopper_kernel(
     if UNITS == 1:
         gl.warp_specialize([
             (_multiply, (given, 0, FORMAT, PARTIAL, PDL, BLOCK_M, UNITS, STAGES)),
-            (_fetch, (to_fetch, PDL, LATE, BLOCK_M, UNITS, STAGES)),
+            (_fetch, (to_fetch, PDL, BLOCK_M, UNITS, STAGES)),
         ], [1], [FETCH_REGISTERS])  # fmt: skip
     elif UNITS == 2:
         gl.warp_specialize([
             (_multiply, (given, 0, FORMAT, PARTIAL, PDL, BLOCK_M, UNITS, STAGES)),
             (_multiply, (given, 1, FORMAT, PARTIAL, PDL, BLOCK_M, UNITS, STAGES)),
-            (_fetch, (to_fetch, PDL, LATE, BLOCK_M, UNITS, STAGES)),
+            (_fetch, (to_fetch, PDL, BLOCK_M, UNITS, STAGES)),
         ], [4, 1], [G, FETCH_REGISTERS])  # fmt: skip
     elif UNITS == 3:
         gl.warp_specialize([
             (_multiply, (given, 0, FORMAT, PARTIAL, PDL, BLOCK_M, UNITS, STAGES)),
             (_multiply, (given, 1, FORMAT, PARTIAL, PDL, BLOCK_M, UNITS, STAGES)),
             (_multiply, (given, 2, FORMAT, PARTIAL, PDL, BLOCK_M, UNITS, STAGES)),
-            (_fetch, (to_fetch, PDL, LATE, BLOCK_M, UNITS, STAGES)),
+            (_fetch, (to_fetch, PDL, BLOCK_M, UNITS, STAGES)),
         ], [4, 4, 1], [G, G, FETCH_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -270,7 +235,7 @@ def hopper_kernel(
             (_multiply, (given, 1, FORMAT, PARTIAL, PDL, BLOCK_M, UNITS, STAGES)),
             (_multiply, (given, 2, FORMAT, PARTIAL, PDL, BLOCK_M, UNITS, STAGES)),
             (_multiply, (given, 3, FORMAT, PARTIAL, PDL, BLOCK_M, UNITS, STAGES)),
-            (_fetch, (to_fetch, PDL, LATE, BLOCK_M, UNITS, STAGES)),
+            (_fetch, (to_fetch, PDL, BLOCK_M, UNITS, STAGES)),
         ], [4, 4, 4, 1], [G, G, G, FETCH_REGISTERS])  # fmt: skip
 
 
@@ -317,7 +282,7 @@ def stages_of(block_m, units):
     return min(MOST_STAGES, stages)
 
 
-def hopper_products(x, words, scales, bias, first_block, format, config, *, late=False):
+def hopper_products(x, words, scales, bias, first_block, format, config):
     """As ``packed_products``, without an update."""
     (M, K), N = x.shape, len(words)
     block_m, units, splits, pdl = config
@@ -330,7 +295,7 @@ def hopper_products(x, words, scales, bias, first_block, format, config, *, late
         TensorDescriptor(x, [M, K], [K, 1], [block_m, 64], X_LAYOUT),  # one row may have any stride
         TensorDescriptor.from_tensor(aligned(words), [64, 16], CODES_LAYOUT),
         per_tile_scales(scales, format), bias, out, M, N, K // TILE, steps, first_block,
-        FORMAT=format, PARTIAL=split > 1, PDL=pdl, LATE=late, BLOCK_M=block_m, UNITS=units, STAGES=stages,
+        FORMAT=format, PARTIAL=split > 1, PDL=pdl, BLOCK_M=block_m, UNITS=units, STAGES=stages,
         GROUP_REGISTERS=of_group, num_warps=4, launch_pdl=pdl, maxnreg=registers,
     )  # fmt: skip
     return out

@@ -80,11 +80,6 @@ def _tiling(config):
     return {key: value for key, value in config.items() if key not in ("FLATTEN", "programs")}
 
 
-@functools.cache
-def _processors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def blocks(size, step, start=0):
     """Slices of ``step`` from ``start`` on that cover ``size``, the last one shorter."""
     return [slice(first, min(first + step, size)) for first in range(start, size, step)]
@@ -128,7 +123,7 @@ def _chunks(hidden, V, config, workspace, *, gradient, packed, copied, **how):
         )
         budget = workspace - saved
     N = triton.cdiv(N, ROW_UNIT) * ROW_UNIT
-    return plan(N, V, D, itemsize, budget, _processors(hidden.device), **how)
+    return plan(N, V, D, itemsize, budget, _runtime.processors(hidden.device), **how)
 
 
 def forward(
@@ -185,7 +180,7 @@ def _forward(
         return allocate(hidden, N, entropy, gradient), target_ids
     how = {"entropy": entropy, "gradient": gradient, "packed": packed, "copied": copied}
     R, C = _chunks(hidden, V, config, workspace, **how)
-    height, processors = min(N, R), _processors(hidden.device)
+    height, processors = min(N, R), _runtime.processors(hidden.device)
     new = functools.partial(hidden.new_empty, dtype=torch.float32)
     partial = new((3 if entropy else 2, triton.cdiv(V, config["BLOCK_V"]), R))
     scale, cap = LOG2E / temperature, softcap or 0.0
@@ -215,7 +210,7 @@ def _forward(
             _reference_kernel[(triton.cdiv(n, 16),)](
                 h, target_weight, targets, sample, bias, reference, kept, n, D, V, *target_weight.stride(),
                 *sample.stride(), scale, cap, GATHERED=copied, **flags, BLOCK_M=16, SAMPLE=SAMPLE, BLOCK_D=128,
-                num_warps=4,
+                STAGES=2 if hidden.itemsize == 4 else 3, num_warps=4,
             )  # fmt: skip
         return _Begun(h, h_tiles, targets, x_target, reference, target_weight, kept)
 

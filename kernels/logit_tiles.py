@@ -202,6 +202,7 @@ def _reference_kernel(
     hidden_ptr, target_weight_ptr, target_ptr, sample_ptr, bias_ptr, reference_ptr, counts_ptr, N, D, V,
     stride_tv, stride_td, stride_sv, stride_sd, scale, softcap, GATHERED: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, SAMPLE: tl.constexpr, BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A logit near the top of each row: the largest of the target's and those of SAMPLE words, evenly spread.
 
@@ -209,24 +210,33 @@ def _reference_kernel(
     """
     N = _first_rows(counts_ptr, N)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    place, dims = tl.arange(0, SAMPLE), tl.arange(0, BLOCK_D)
-    x = tl.zeros((BLOCK_M, SAMPLE), tl.float32)
-    x_target = tl.zeros((BLOCK_M,), tl.float32)
+    place, dims, wide = tl.arange(0, SAMPLE), tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
     target = _known_targets(target_ptr + rows, rows < N, V)
     words = place.to(tl.int64) * V // SAMPLE
-    hidden_ptrs = hidden_ptr + rows.to(tl.int64)[:, None] * D + dims[None, :]
     if GATHERED:
         target_row, sample_row = rows.to(tl.int64), place.to(tl.int64)
     else:
         target_row, sample_row = target, words
-    target_ptrs = target_weight_ptr + target_row[:, None] * stride_tv + dims[None, :] * stride_td
-    sample_ptrs = sample_ptr + sample_row[None, :] * stride_sv + dims[:, None] * stride_sd
-    for start in range(0, D, BLOCK_D):
-        mask = (rows < N)[:, None] & (start + dims < D)[None, :]
-        a = tl.load(hidden_ptrs + start, mask=mask, other=0.0)
-        b = tl.load(target_ptrs + start * stride_td, mask=mask, other=0.0)
-        c = tl.load(sample_ptrs + start * stride_sd, mask=(start + dims < D)[:, None], other=0.0)
-        x_target += tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+    hidden_rows = hidden_ptr + rows.to(tl.int64)[:, None] * D
+    target_rows, sample_rows = (
+        target_weight_ptr + target_row[:, None] * stride_tv,
+        sample_ptr + sample_row[None, :] * stride_sv,
+    )
+    # Two loops, since loads that feed no dot are not fetched ahead: these are few and wide instead.
+    products = tl.zeros((BLOCK_M, 2 * BLOCK_D), tl.float32)
+    for start in range(0, D, 2 * BLOCK_D):
+        mask = (rows < N)[:, None] & (start + wide < D)[None, :]
+        a = tl.load(hidden_rows + (start + wide)[None, :], mask=mask, other=0.0)
+        b = tl.load(target_rows + (start + wide)[None, :] * stride_td, mask=mask, other=0.0)
+        products += a.to(tl.float32) * b.to(tl.float32)
+    x_target = tl.sum(products, 1)
+    x = tl.zeros((BLOCK_M, SAMPLE), tl.float32)
+    for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+        inside = start + dims < D
+        a = tl.load(
+            hidden_rows + (start + dims)[None, :], mask=(rows < N)[:, None] & inside[None, :], other=0.0
+        )
+        c = tl.load(sample_rows + (start + dims)[:, None] * stride_sd, mask=inside[:, None], other=0.0)
         x = tl.dot(a, c, x, input_precision="ieee")
     if HAS_BIAS:
         x_target += tl.load(bias_ptr + target).to(tl.float32)

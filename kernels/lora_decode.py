@@ -6,11 +6,12 @@
 Up to 16 rows of x on packed 4-bit codes, ``ranks`` leaves partial sums of h over parts of K, and the base product
 ends with the rest (``packed_matmul``). From there to 256 rows on Hopper the base product of a small W makes the
 ranks, too (``tiled_matmul``), and ``add_update`` ends: it adds up the base's own partial sums, bias and update. Both
-are two launches. A large W (``hopper_matmul``) takes three: ``ranks`` runs beside it. Elsewhere up to 64 rows are
-three or four: ``ranks``, the base product, perhaps on W dequantised for this call, and ``add_update``. More rows are
-for ``add_update`` alone: h and the base product are a library's. Either way what is stored is y, or what follows y in
-a decoder layer: see ``few_rows``. A and B are read where they lie, in their own dtype (by a library a float32 A is
-rounded first, by a launch): an optimiser step needs no copy, and a captured graph stays valid.
+are two launches. A large W (``hopper_matmul``) takes three: ``ranks`` follows the base product at once, on what
+multiprocessors that leaves. Elsewhere up to 64 rows are three or four: ``ranks``, the base product, perhaps on W
+dequantised for this call, and ``add_update``. More rows are for ``add_update`` alone: h and the base product are a
+library's. Either way what is stored is y, or what follows y in a decoder layer: see ``few_rows``. A and B are read
+where they lie, in their own dtype (by a library a float32 A is rounded first, by a launch): an optimiser step needs
+no copy, and a captured graph stays valid.
 
 Bytes beside the base's: A once for each 32 to 128 rows, B once for each 16 to 64, S M R float32 partial sums of h
 written, and read by every program that updates; y again where ``add_update`` runs. FLOPs: 2 M (K R + N r). Memory:
@@ -44,6 +45,8 @@ FEW_ROWS = 16  # for so many, operands of the products go straight to registers
 DOWN = (4, 64, 12, 3)
 # For more rows: BLOCK_K, num_warps, num_stages, the blocks of K that a program takes at least, and the most parts.
 TILED_DOWN = (128, 4, 3, 4, 6)
+# Ranks of a program for more than ``OWN_ROWS`` rows, where those beside a product have little room; 16 for fewer.
+WIDE_DOWN = 64
 WIDE_N = 4096  # from so many outputs on, the second of two configurations of the update
 # BLOCK_M, BLOCK_N, num_warps and the most registers of the update by the most rows. So many registers let all
 # programs run at once; they suffice for WIDE_RANK ranks. Rows are the dot's left operand, below 64 by mma.sync; from
@@ -114,13 +117,17 @@ def _down_kernel(
 @triton.jit
 def _tiled_down_kernel(
     x, a, partial, M, K, R, steps,
-    PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr, BESIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The same for more rows, ``steps`` blocks of K a program, through shared memory."""
+    """The same for more rows, ``steps`` blocks of K a program, through shared memory.
+
+    BESIDE: the kernel before has promised that x is complete; its own end is waited for last.
+    """
     row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     split, rank = tl.program_id(2), tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     if PDL:
-        tl.extra.cuda.gdc_wait()
+        if not BESIDE:
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for step in range(split * steps, split * steps + steps):
@@ -132,6 +139,8 @@ def _tiled_down_kernel(
         acc = tl.dot(tile, tl.trans(weight.to(tile.dtype)), acc, input_precision="ieee")
     out = partial + (split.to(tl.int64) * M + row[:, None]) * R + rank[None, :]
     tl.store(out, acc, mask=(row < M)[:, None] & (rank < R)[None, :])
+    if PDL and BESIDE:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -218,8 +227,12 @@ def _up_kernel(
     tl.store(out + target, y, mask=mask)
 
 
-def ranks(x, a, pdl, many_readers=False):
-    """Partial sums (S, M, R) float32 of x (M, K) @ a (R, K)^T. With ``pdl`` the next launch may read x at once."""
+def ranks(x, a, pdl, many_readers=False, beside=False):
+    """Partial sums (S, M, R) float32 of x (M, K) @ a (R, K)^T.
+
+    With ``pdl`` the next launch may read x at once. ``beside`` the launch before, which has promised as much, these
+    programs, of more than 16 rows, take what multiprocessors that one leaves.
+    """
     (M, K), R = x.shape, len(a)
     if M <= FEW_ROWS:
         warps, chunk, most, least = DOWN
@@ -227,10 +240,13 @@ def ranks(x, a, pdl, many_readers=False):
         steps = max(triton.cdiv(turns, most), least if many_readers else 1)
     else:
         block_k, warps, stages, least, most = TILED_DOWN
+        if M > OWN_ROWS and a.dtype == torch.float32:
+            block_k //= 2
         turns = triton.cdiv(K, block_k)
         steps = max(triton.cdiv(turns, most), min(least, turns))
     partial = torch.empty(triton.cdiv(turns, steps), M, R, dtype=torch.float32, device=x.device)
-    across = triton.cdiv(R, 16)
+    block_r = 16 if M <= OWN_ROWS else min(WIDE_DOWN, max(16, triton.next_power_of_2(R)))
+    across = triton.cdiv(R, block_r)
     if M <= FEW_ROWS:
         columns = triton.cdiv(M, 8)
         _down_kernel[(across, 1, len(partial))](
@@ -239,8 +255,8 @@ def ranks(x, a, pdl, many_readers=False):
         )  # fmt: skip
     else:
         _tiled_down_kernel[(across, triton.cdiv(M, 32), len(partial))](
-            x, a, partial, M, K, R, steps, PDL=pdl, BLOCK_M=32, BLOCK_K=block_k, BLOCK_R=16, num_warps=warps,
-            num_stages=stages, launch_pdl=pdl,
+            x, a, partial, M, K, R, steps, PDL=pdl, BESIDE=beside, BLOCK_M=32, BLOCK_K=block_k,
+            BLOCK_R=block_r, num_warps=warps, num_stages=stages, launch_pdl=pdl,
         )  # fmt: skip
     return partial
 
@@ -288,6 +304,9 @@ def few_rows(
     with _runtime.launch_on(x):
         if isinstance(config, TileConfig):
             base, h = tiled_products(*operands, config, assembly, a=lora_a)
+        elif isinstance(config, HopperConfig):
+            base = hopper_products(*operands, config)
+            h = ranks(x, lora_a, pdl, beside=True)
         else:
             if own:
                 h = ranks(x, lora_a, pdl, len(words) >= 2 * WIDE_N)
@@ -297,9 +316,7 @@ def few_rows(
                 warps = 8 if x.shape[1] >= LONG_K and len(words) <= 16 * FEW_PROGRAMS else 4
                 whole = Config(False, warps, 1, config.columns, 1, pdl)
                 return packed_products(*operands, whole, assembly, update=Update(h, *of_update), late=pdl)
-            if isinstance(config, HopperConfig):
-                base = hopper_products(*operands, config, late=pdl)
-            elif isinstance(config, Config):
+            if isinstance(config, Config):
                 base = packed_products(*operands, config, assembly)
             elif quant_block:
                 base = _matmul_triton(x, words, weight[1:], bias, quant_block, first_block)

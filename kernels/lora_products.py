@@ -1,10 +1,11 @@
 """Products of a linear layer with low-rank adapters on many rows, by a library: y, and the gradients.
 
 With the names of ``lora_linear``: 5 + P launches forward, of which two round A and B and one dequantises, and 6 + 2 P
-backward. The adapter's part of y, and of dx, is written first, and the base product adds itself to it: one pass over
-y less than the other way round. Where W is 4-bit and dx at least ``WIDE`` times as wide as dy, both are one product,
-dx = [dy, scaling g] [W; A], for a launch more and two passes over dx less. (y = [x, scaling h] [W, B]^T does not pay:
-libraries are slower at rows of K + r values.)
+backward. On Hopper, base and adapter are one product (``hopper_linear``), for y and for dx, where its tiles fill the
+card: 5 launches and 5 + 2 P. Elsewhere the adapter's part of y, and of dx, is written first, and the base product
+adds itself to it: one pass over y less than the other way round. There, where W is 4-bit and dx at least ``WIDE``
+times as wide as dy, dx = [dy, scaling g] [W; A] is one product of a library, for a launch more and two passes over dx
+less. (y = [x, scaling h] [W, B]^T does not pay: libraries are slower at rows of K + r values.)
 
 FLOPs of the adapters: 2 M r (N + K) forward, 2 M r (2 N + 3 K) backward for P = 1; h is made again. Memory beside the
 outputs, in values of x's dtype: P r K + N r for the rounded A and B, 2 M P r for h and g, and, while a product with a
@@ -18,6 +19,7 @@ asked for, from float32 sums.
 
 import torch
 
+from .hopper_linear import fits, hopper_linear
 from .logit_passes import addmm_
 from .lora_decode import MAX_ROWS
 from .quantization import dense, dense_into, pieces
@@ -46,16 +48,36 @@ def _product(a, b, dtype):
     return torch.mm(a.to(dtype), b.to(dtype))
 
 
+def _one_product(x, weight, a, b, y, spans, scaling, bias, quant_block, first_block):
+    """y by ``hopper_linear`` where that fits each of the pieces in which W is dense; whether it did."""
+    r, owned, given = b.shape[1], [], () if quant_block else weight
+    for rows in pieces(y.shape[1], x.shape[1], quant_block):
+        parts = [part for part, span in enumerate(spans) if span[0] < rows.stop and span[1] > rows.start]
+        starts = [max(0, spans[part][0] - rows.start) for part in parts]
+        if not fits(x, y[:, rows], r, b, *given, starts=starts):
+            return False
+        owned.append((rows, slice(parts[0] * r, (parts[-1] + 1) * r), starts))
+    h = torch.addmm(x.new_empty(1), x, a.t(), beta=0, alpha=scaling)
+    for rows, ranks, starts in owned:
+        w = dense(weight, quant_block, first_block, x.dtype, rows)
+        hopper_linear(x, w, h[:, ranks], b[rows], y[:, rows], None if bias is None else bias[rows], starts)
+        del w  # before the next piece is made
+    return True
+
+
 def many_rows(x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block):
     """``few_rows``, without what may follow it, for more rows: y (M, N)."""
     M, N = len(x), len(weight[0])
-    h, b, r = torch.mm(x, lora_a.to(x.dtype).t()), lora_b.to(x.dtype), lora_b.shape[1]
+    a, b, r, spans = lora_a.to(x.dtype), lora_b.to(x.dtype), lora_b.shape[1], spans_of(columns)
     whole = b.shape[0] == N  # no output is without an adapter
     if whole:
         y = x.new_empty(M, N)
     else:
         y = x.new_zeros(M, N) if bias is None else bias.expand(M, N).contiguous()
-    for part, (start, stop, first) in enumerate(spans_of(columns)):
+    if whole and _one_product(x, weight, a, b, y, spans, scaling, bias, quant_block, first_block):
+        return y
+    h = torch.mm(x, a.t())
+    for part, (start, stop, first) in enumerate(spans):
         target = _columns(y, start, stop)
         operands = _columns(h, part * r, part * r + r), b[first : first + stop - start].t()
         if whole and bias is not None:
@@ -73,7 +95,9 @@ def gradients(
     """[dx, dA, dB of each part] from dy (M, N), which is not empty; empty tensors for what is not needed."""
     dy, a, b, r = dy.contiguous(), lora_a.to(x.dtype), lora_b.to(x.dtype), lora_b.shape[1]
     (N, K), ranks, spans = (dy.shape[1], x.shape[1]), len(lora_a), spans_of(columns)
-    one_product = needs_x and quant_block and K >= WIDE * N and len(x) > MAX_ROWS
+    parts, given = pieces(N, K, quant_block), () if quant_block else weight
+    whole = needs_x and len(parts) == 1 and fits(dy, x, ranks, a, *given)  # dx is shaped as x
+    one_product = needs_x and not whole and quant_block and K >= WIDE * N and len(x) > MAX_ROWS
     both = dy.new_empty(len(dy), N * one_product + ranks)
     g = both[:, N * one_product :]  # g and h with the scaling in them
     for part, (start, stop, first) in enumerate(spans):
@@ -81,14 +105,18 @@ def gradients(
         operands = _columns(dy, start, stop), b[first : first + stop - start]
         target.addmm_(*operands, beta=0, alpha=scaling)
     dx, grads = dy.new_empty(0), [dy.new_empty(0) for _ in range(0 if needs_lora else 1 + len(spans))]
-    if one_product:
+    if whole:
+        w = dense(weight, quant_block, first_block, x.dtype)
+        dx = hopper_linear(dy, w, g, a, torch.empty_like(x), by_rows=False)
+        del w
+    elif one_product:
         both[:, :N] = dy
         right = x.new_empty(N + ranks, K)
         dense_into(right[:N], weight, quant_block, first_block)
         right[N:] = a
         dx = torch.mm(both, right)
     elif needs_x:
-        parts = pieces(dy.shape[1], x.shape[1], quant_block)  # between two the sum stays float32
+        # between two parts the sum stays float32
         dx = _product(g, a, torch.float32 if len(parts) > 1 else x.dtype)
         for rows in parts:
             addmm_(dx, dy[:, rows], dense(weight, quant_block, first_block, x.dtype, rows))

@@ -18,7 +18,7 @@ from nanogrpo.kernels.hopper_matmul import (
     hopper_products,
     stages_of,
 )
-from nanogrpo.kernels.lora_decode import few_rows
+from nanogrpo.kernels.lora_decode import few_rows, ranks
 from nanogrpo.kernels.matmul_4bit import HOPPER_ROWS, matmul_4bit, product_config
 from nanogrpo.kernels.quantization import kernel_format
 from nanogrpo.kernels.tiled_matmul import TileConfig, tiled_products
@@ -30,9 +30,9 @@ PLANS = [(16, 1, 4), (16, 3, 1), (16, 4, 1), (32, 1, 3), (32, 3, 1), (32, 4, 1)]
 PLANS += [(64, 1, 5), (64, 3, 1), (64, 4, 1), (128, 2, 3), (128, 3, 2)]
 
 
-def run(x, q, bias, config, late=False):
+def run(x, q, bias, config):
     codes, scales, _, first_block = q.operands()
-    return hopper_products(x, codes, scales, bias, first_block, kernel_format(scales), config, late=late)
+    return hopper_products(x, codes, scales, bias, first_block, kernel_format(scales), config)
 
 
 @given(groups=st.integers(1, 5000), tiles=st.integers(1, 256), rows=st.sampled_from(HOPPER_ROWS))
@@ -104,21 +104,29 @@ def test_products_are_awaited_with_their_operands():
 
 
 @COMPILES
-@pytest.mark.parametrize("late", [False, True])
-def test_what_the_next_kernel_may_count_on(late):
-    """Dependents start behind the fetching warp's wait, which late is behind its last fetch; groups wait, too."""
+def test_what_the_next_kernel_may_count_on():
+    """Dependents start behind the fetching warp's wait, when the first codes are on their way; groups wait, too."""
     q = made(128, 1152, "nf4").packed()
     with recorded_launches(90) as launches:
-        run(torch.zeros(64, 1152).bfloat16(), q, None, HopperConfig(64, 1, 1, True), late)
+        run(torch.zeros(64, 1152).bfloat16(), q, None, HopperConfig(64, 1, 1, True))
     ((_, kernel),) = launches
     order = re.findall(r"griddepcontrol\.\w+|cp\.async\.bulk\.tensor", kernel.asm["ptx"])
     wait, start = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
     assert order.count(wait) == 2 and order.count(start) == 1
     assert order[order.index(start) - 1] == wait
-    before = order[: order.index(start)].count("cp.async.bulk.tensor")
-    stages = stages_of(64, 1)
-    # codes of every slot, and late x of every slot and the loop's three
-    assert before == (stages + 2 * stages + 3 if late else stages)
+    assert order[: order.index(start)].count("cp.async.bulk.tensor") == stages_of(64, 1)
+
+
+@COMPILES
+def test_ranks_start_at_once_and_end_last():
+    """Beside the product they wait for it behind their own work: who waits for them has waited for both."""
+    with recorded_launches(90) as launches:
+        ranks(torch.zeros(64, 1024).bfloat16(), torch.zeros(64, 1024), True, beside=True)
+    ((_, kernel),) = launches
+    text = kernel.asm["ptx"]
+    assert text.count("griddepcontrol.wait") == text.count("griddepcontrol.launch_dependents") == 1
+    start, wait = text.index("griddepcontrol.launch_dependents"), text.index("griddepcontrol.wait")
+    assert start < text.index("mma") and text.rindex("st.global") < wait
 
 
 @COMPILES
@@ -128,7 +136,7 @@ def test_adapters_take_three_launches():
     x, a, b = torch.zeros(40, 4096).bfloat16(), torch.zeros(16, 4096), torch.zeros(2048, 16)
     with recorded_launches(90) as launches:
         few_rows(x, [codes, *scales], a, b, [0, 2048], 0.5, None, *layout)
-    assert [name for name, _ in launches] == ["_tiled_down_kernel", "hopper_kernel", "_up_kernel"]
+    assert [name for name, _ in launches] == ["hopper_kernel", "_tiled_down_kernel", "_up_kernel"]
 
 
 def like_tiled(x, q, bias, splits):
