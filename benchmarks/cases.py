@@ -326,7 +326,7 @@ def training(device):
         ]
     return [
         Training("Qwen2.5-1.5B", 64, 8, 128, 328, False),
-        Training("Qwen2.5-1.5B", 64, 8, 128, 328, False, offload=True),
+        Training("Qwen2.5-1.5B", 64, 8, 128, 328, False, budget=1312, offload=True),
         Training("Qwen2.5-1.5B", 64, 8, 128, 1152, False),
         Training("Qwen2.5-1.5B", 64, 8, 128, 1152, False, budget=2304),
         Training("Qwen2.5-1.5B", 64, 16, 1024, 1536, True),

@@ -5,9 +5,10 @@
 The second product goes on where the first ends, in the same accumulators, so that the result is written once and not
 read: ranks are a few more steps of K. A library would write the smaller product first and read it back.
 
-One program a multiprocessor takes tiles of 128 rows and 256 columns in turn. A warp of its own brings both operands
-to shared memory by the tensor memory accelerator, STAGES steps of 64 ahead and across the borders of tiles; two warp
-groups multiply. Sums are float32 in one fixed order. Written in Gluon, which has no interpreter.
+One program a multiprocessor takes tiles of 128 x 128 in turn. A warp of its own brings both operands to shared memory
+by the tensor memory accelerator, STAGES steps of 64 ahead and across the borders of tiles; two warp groups multiply.
+Sums are float32 in one fixed order, so that a row's result depends on no other row, nor on how many there are.
+Written in Gluon, which has no interpreter.
 """
 
 import torch
@@ -27,8 +28,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from . import _runtime
 from .warp_barriers import arrive, await_phase, group_barrier, make_empty, next_slot
 
-BLOCK_M, BLOCK_N, STEP = 128, 256, 64
-STAGES = 3
+BLOCK_M, BLOCK_N, STEP = 128, 128, 64
+STAGES = 6
+LEAST_ROWS, MOST_K = 768, 2  # rows of x; values of K for each of N: beyond, a library may be faster
 BAND = 8  # row blocks that run side by side, so that programs share both operands in the L2 cache
 MOST_PARTS = 3
 REGISTERS, FETCH_REGISTERS = 168, 24  # of a thread at launch, which the fetching warp passes on; its own
@@ -147,23 +149,19 @@ def hopper_linear_kernel(
 
 
 def fits(x, out, r, *operands, starts=(0,)):
-    """Whether ``hopper_linear`` takes x (M, K), out (M, N) and ranks in parts of r, and likely beats a library.
+    """Whether ``hopper_linear`` takes x (M, K), out (M, N) and ranks in parts of r, and beats a library.
 
-    operands: those of w and b that exist already; h and what is made anew is taken to be contiguous.
-
-    The estimate, from an H200: what is saved is worth 200 values of K and 250 for each part; a library, which chooses
-    its tiles, loses less where the last turn leaves multiprocessors without one.
+    operands: those of w and b that exist already; h and what is made anew is taken to be contiguous. From
+    ``LEAST_ROWS`` on the answer does not depend on M.
     """
     if _runtime.INTERPRET or not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
         return False
+    (M, K), N = x.shape, out.shape[1]
+    if M < LEAST_ROWS or K > MOST_K * N or K % 8 or N % 8 or r % 8:
+        return False
     if _runtime.arch(x.device) != 90 or len(starts) > MOST_PARTS or any(start % BLOCK_N for start in starts):
         return False
-    (M, K), N = x.shape, out.shape[1]
-    if K % 8 or N % 8 or r % 8 or not all(map(_describable, (x, out, *operands))):
-        return False
-    tiles, processors = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N), _runtime.processors(x.device)
-    filled = tiles / (triton.cdiv(tiles, processors) * processors)
-    return K <= filled * (K + 200 + 250 * len(starts))
+    return all(map(_describable, (x, out, *operands)))
 
 
 def _describable(matrix):
@@ -179,7 +177,7 @@ def hopper_linear(x, w, h, b, out, bias=None, starts=(0,), by_rows=True):
     """Write x (M, K) w^T + h b^T + bias (N,) to out (M, N): 16-bit operands that ``fits`` takes.
 
     by_rows: w (N, K) and b (N, r); h (M, P r) has the ranks of P parts side by side, and part p owns the outputs from
-    starts[p] on, a multiple of 256. Where r is no multiple of 64 the ranks of the next part meet zeros: a value of h
+    starts[p] on, a multiple of 128. Where r is no multiple of 64 the ranks of the next part meet zeros: a value of h
     that is not finite spoils that part, too. Otherwise w (K, N) and b (r, N) with h (M, r), one part.
     """
     (M, K), N, r = x.shape, out.shape[1], b.shape[1 if by_rows else 0]

@@ -12,7 +12,7 @@ from numerics import EPS, assert_no_worse_than
 COMPILES = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Gluon has no interpreter")
 # M, K, N, r, starts: one tile, many turns of a program, rests in every direction, parts, ranks in two steps
 SHAPES = [
-    (128, 64, 256, 64, [0]), (1, 8, 8, 8, [0]), (4100, 1544, 1800, 40, [0, 512]), (8192, 1536, 1536, 16, [0]),
+    (128, 64, 256, 64, [0]), (1, 8, 8, 8, [0]), (4100, 1544, 1800, 40, [0, 384]), (8192, 1536, 1536, 16, [0]),
     (3001, 1536, 2048, 64, [0, 1536, 1792]), (520, 200, 17920, 128, [0, 8960]), (130, 4096, 264, 96, [0, 256]),
 ]  # fmt: skip
 
@@ -109,7 +109,7 @@ def test_rows_beyond_two_to_the_31():
 
 @pytest.mark.gpu
 def test_who_takes_it(monkeypatch):
-    """Real projections of many rows go there, forward and backward; odd ranks and few tiles to a library."""
+    """Real projections of many rows go there, forward and backward; odd ranks and long sums to a library."""
     calls, launch = [], lora_products.hopper_linear
     monkeypatch.setattr(
         lora_products, "hopper_linear", lambda *args, **kw: calls.append(args[4].shape) or launch(*args, **kw)
@@ -131,12 +131,24 @@ def test_who_takes_it(monkeypatch):
         lora_products.gradients(dy, x, weight, a, b, *how)
         return forward, calls[:]
 
-    assert run(8192, 1536, 8960, 64, [0, 8960]) == ([(8192, 8960)], [(8192, 1536)])
-    assert run(2624, 1536, 17920, 64, [0, 8960, 8960, 17920], False) == ([(2624, 17920)], [])
-    assert run(2624, 1536, 2048, 64, [0, 1536, 1536, 1792, 1792, 2048])[0] == [(2624, 2048)]
+    assert run(8192, 1536, 8960, 64, [0, 8960]) == ([(8192, 8960)], [])
+    assert run(8192, 8960, 1536, 64, [0, 1536]) == ([], [(8192, 8960)])
+    assert run(768, 1536, 17920, 64, [0, 8960, 8960, 17920], False) == ([(768, 17920)], [])
+    assert run(2624, 1536, 2048, 64, [0, 1536, 1536, 1792, 1792, 2048]) == ([(2624, 2048)], [(2624, 1536)])
     assert run(4096, 4096, 28672, 32, [0, 14336, 14336, 28672]) == ([(4096, 14336)] * 2, [])  # in pieces
-    assert run(8192, 1536, 8960, 5, [0, 8960]) == ([], [])
-    assert run(600, 8960, 1536, 64, [0, 1536])[0] == []
+    assert run(8192, 1536, 8960, 5, [0, 8960]) == run(767, 1536, 8960, 64, [0, 8960]) == ([], [])
+
+
+@pytest.mark.gpu
+def test_a_row_knows_no_other():
+    M, K, N, r, starts = 3001, 1536, 2048, 64, [0, 1536, 1792]
+    x, w, h, b, bias, _ = drawn(M, K, N, r, starts, torch.bfloat16)
+    whole = hopper_linear.hopper_linear(x, w, h, b, x.new_empty(M, N), bias, starts)
+    for rows in (slice(0, 1), slice(700, 1469), slice(1000, M)):
+        part = hopper_linear.hopper_linear(
+            x[rows], w, h[rows], b, x.new_empty(rows.stop - rows.start, N), bias, starts
+        )
+        assert torch.equal(part, whole[rows])
 
 
 @pytest.mark.gpu
