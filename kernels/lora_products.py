@@ -4,7 +4,7 @@ With the names of ``lora_linear``: 5 + P launches forward, of which two round A 
 backward. On Hopper, base and adapter are one product (``hopper_linear``), for y and for dx, of enough rows unless the
 base's is long: 5 launches and 5 + 2 P. Elsewhere the adapter's part of y, and of dx, is written first, and the base
 product adds itself to it: one pass over y less than the other way round. There, where W is 4-bit and dx at least
-``WIDE`` times as wide as dy, dx = [dy, scaling g] [W; A] is one product of a library, for a launch more and two passes
+``WIDE`` times as wide as dy, dx = [dy, scaling g] [W; A] is one product of a library: a launch more, and two passes
 over dx less. (y = [x, scaling h] [W, B]^T does not pay: libraries are slower at rows of K + r values.)
 
 FLOPs of the adapters: 2 M r (N + K) forward, 2 M r (2 N + 3 K) backward for P = 1; h is made again. Memory beside the
