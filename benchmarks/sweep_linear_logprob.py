@@ -14,20 +14,17 @@ import torch
 from nanogrpo.kernels import fused_linear_logprob, logit_passes
 from nanogrpo.kernels.linear_logprob import fused_linear_logprob_ref
 
-KEYS = ("BLOCK_M", "BLOCK_V", "BLOCK_D", "num_warps", "num_stages", "programs", "TMA", "FLATTEN")
+KEYS = ("BLOCK_M", "BLOCK_V", "BLOCK_D", "num_warps", "num_stages", "programs", "TMA")
 CONFIGS = [
-    (128, 256, 64, 8, 3, 1, True, True),
-    (128, 256, 64, 8, 3, 1, True, False),
-    (128, 256, 64, 8, 3, 1, False, False),
-    (128, 256, 64, 8, 2, 1, True, True),
-    (128, 256, 32, 8, 4, 1, True, True),
-    (256, 128, 64, 8, 3, 1, True, True),
-    (128, 128, 64, 4, 3, 2, True, True),
-    (128, 128, 64, 4, 3, 2, True, False),
-    (128, 128, 64, 8, 3, 2, True, False),
-    (64, 256, 64, 4, 2, 2, True, True),
-    (64, 256, 64, 4, 2, 2, True, False),
-    (64, 256, 64, 4, 2, 2, False, False),
+    (128, 256, 64, 8, 3, 1, True),
+    (128, 256, 64, 8, 3, 1, False),
+    (128, 256, 64, 8, 2, 1, True),
+    (128, 256, 32, 8, 4, 1, True),
+    (256, 128, 64, 8, 3, 1, True),
+    (128, 128, 64, 4, 3, 2, True),
+    (128, 128, 64, 8, 3, 2, True),
+    (64, 256, 64, 4, 2, 2, True),
+    (64, 256, 64, 4, 2, 2, False),
 ]
 
 

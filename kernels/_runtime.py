@@ -36,6 +36,7 @@ def register(name, *, triton_impl, torch_impl, fake, backward=None, setup_contex
     return op
 
 
+@functools.cache
 def arch(device):
     """Compute capability of ``device`` as an integer (90 for sm_90); 80 on the CPU, the smallest target."""
     if device.type != "cuda":
@@ -51,8 +52,10 @@ def processors(device):
 
 
 def launch_on(tensor):
-    """Context in which a Triton launch goes to the device of ``tensor``."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Context in which a Triton launch goes to the device of ``tensor``; to enter one costs what a launch does."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def bound_workspaces():

@@ -33,13 +33,13 @@ SAMPLE = 64
 # programs: how many a multiprocessor is given; each takes tiles until none is left.
 FLOAT32_CONFIG = {
     "BLOCK_M": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2,
-    "TMA": False, "FLATTEN": False, "programs": 2,
+    "TMA": False, "programs": 2,
 }  # fmt: skip
 LARGE_CONFIG = FLOAT32_CONFIG | {
     "BLOCK_M": 128, "BLOCK_V": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3, "programs": 1
 }  # fmt: skip
 SMALL_CONFIG = LARGE_CONFIG | {"BLOCK_V": 128}
-TMA_CONFIG = LARGE_CONFIG | {"TMA": True, "FLATTEN": True}
+TMA_CONFIG = LARGE_CONFIG | {"TMA": True}
 # Where no factor of the second matmul waits in shared memory, that holds a stage more; it changes no sum.
 VALUE_STAGES = 4
 HALF_CONFIG = {
@@ -56,7 +56,7 @@ def _config(hidden, weight=None):
     _runtime.check(arch >= 80, f"compute capability is {arch}, expected at least 80")
     config = HALF_CONFIG[max(known for known in HALF_CONFIG if known <= arch)]
     if config["TMA"] and not all(tensor is None or _describable(tensor) for tensor in (hidden, weight)):
-        return config | {"TMA": False, "FLATTEN": False}
+        return config | {"TMA": False}
     return config
 
 
@@ -77,7 +77,7 @@ def _operand(tensor, config, *block):
 
 
 def _tiling(config):
-    return {key: value for key, value in config.items() if key not in ("FLATTEN", "programs")}
+    return {key: value for key, value in config.items() if key != "programs"}
 
 
 def blocks(size, step, start=0):
@@ -193,7 +193,7 @@ def _forward(
             words = torch.arange(SAMPLE, device=hidden.device) * V // SAMPLE
             sample = output_head.gather(head, words, dtype)
 
-    tiling = _tiling(config) | {"FLATTEN": config["FLATTEN"], "EVEN_D": D % config["BLOCK_D"] == 0}
+    tiling = _tiling(config) | {"EVEN_D": D % config["BLOCK_D"] == 0}
     if config["TMA"] and not gradient:
         tiling["num_stages"] = VALUE_STAGES
     if not copied:

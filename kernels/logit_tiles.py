@@ -104,8 +104,7 @@ def _stats_kernel(
     hidden, weight, bias_ptr, target_ptr, reference_ptr, partial_ptr, x_target_ptr, weights_out, counts_ptr,
     N, V, D, first_col, first_word, stride_wv, stride_wd, stride_tile, stride_plane, stride_out, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTS: tl.constexpr,
-    EVEN_D: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """All tiles of N rows and V words to partial (2 or 3, tiles, rows), and x of the targets that lie in these words.
 
@@ -117,7 +116,7 @@ def _stats_kernel(
     row_blocks = tl.cdiv(N, BLOCK_M)
     tiles = row_blocks * tl.cdiv(V, BLOCK_V)
     # Row blocks run fastest, so programs that run together read the same weight tiles from L2.
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first_row, col_tile = (tile % row_blocks) * BLOCK_M, tile // row_blocks
         rows, cols = first_row + tl.arange(0, BLOCK_M), col_tile * BLOCK_V + tl.arange(0, BLOCK_V)
         target = _targets(target_ptr, rows, first_col, N, V)

@@ -10,7 +10,7 @@ Routes by the number of rows; sums are float32 in all:
             but one.
     tiled   Hopper, from there to M = 256: out^T = W x^T by warp groups, W from registers (``tiled_matmul``), weights
             rounded to x's dtype.
-    hopper  In place of both where N K is large (``hopper_matmul``): from M = 9 on, and from 1 where K >= 2 N.
+    hopper  In place of both where N K is large (``hopper_matmul``): from M = 9 on, NF4 from 1 where K >= 2 N.
     vector  M <= 4, 16-bit x: CUDA cores, the weights exact in float32 (``gemv_4bit``).
     fused   M <= 64, 16-bit x: codes are decoded in registers, rounded to x's dtype, and go through ``tl.dot``.
             Both read N*K/2 codes and N*K/QB scales (fused: for each 32 rows), x and y. FLOPs: 2*M*N*K.
@@ -59,7 +59,7 @@ _UNTILED = lambda pdl: {
     "nf4": {16: Config(*_FEW, pdl), 32: Config(*_MORE, pdl), 64: Config(*_MOST, pdl)},
     "int4": {16: Config(*_FEW, pdl), 32: Config(*_MORE, pdl)},
 }
-LEAST_ROWS = 8  # up to so many, ``hopper_matmul`` is faster for long rows of W alone
+LEAST_ROWS = 8  # up to so many, ``hopper_matmul`` is faster for long rows of NF4 alone
 HOPPER_ROWS = 16, 32, 64, 128, 256  # up to which a configuration of its serves
 # WGMMA, which ``tiled_matmul`` is made for, is Hopper's alone.
 PACKED_CONFIGS = {
@@ -182,7 +182,9 @@ def product_config(arch, M, words, format):
     """The fastest fused configuration of packed codes (N, K/8) for M rows of 16-bit x, or None: dequantise, then a
     library matmul."""
     config, N, K = packed_config(arch, M, format), len(words), 8 * words.shape[1]
-    if config is None or arch != 90 or _runtime.INTERPRET or (M <= LEAST_ROWS and K < 2 * N):
+    if config is None or arch != 90 or _runtime.INTERPRET:
+        return config
+    if M <= LEAST_ROWS and (K < 2 * N or format == "int4"):
         return config
     return hopper_config(N, K, next(rows for rows in HOPPER_ROWS if rows >= M)) or config
 
