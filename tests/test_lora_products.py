@@ -89,6 +89,45 @@ def test_values_and_gradients(found, bias, halves):
         check(parts, r, tensors, bias=bias)
 
 
+def two_products_in_one(x, w, h, b, out, bias=None, starts=(0,), by_rows=True):
+    """What ``hopper_linear`` computes, anywhere."""
+    x, w, h, b = (t.float() for t in (x, w, h, b))
+    if not by_rows:
+        return out.copy_(x @ w + h @ b)
+    y, r = x @ w.T, b.shape[1]
+    for part, (start, stop) in enumerate(zip(starts, [*starts[1:], y.shape[1]], strict=True)):
+        y[:, start:stop] += h[:, part * r : part * r + r] @ b[start:stop].T
+    return out.copy_(y if bias is None else y + bias)
+
+
+@given(problems(), st.booleans(), st.booleans())
+def test_what_goes_to_hopper(found, bias, halves):
+    """Parts and pieces as they are handed over: which rows of W and B, and which ranks, belong together."""
+    parts, r, tensors = found
+    with (
+        mock.patch.object(quantization, "WHOLE", 64 if halves else quantization.WHOLE),
+        mock.patch.object(lora_products, "fits", lambda *operands, **starts: True),
+        mock.patch.object(lora_products, "hopper_linear", two_products_in_one),
+    ):
+        check(parts, r, tensors, bias=bias)
+
+
+@pytest.mark.parametrize("borders", [[0, 256], [0, 100, 256], [0, 128, 256], [0, 130, 140, 256]])
+def test_whole_outputs_go_to_hopper_in_pieces(borders, monkeypatch):
+    pieces, handed = [], []
+    monkeypatch.setattr(quantization, "WHOLE", 64)
+    monkeypatch.setattr(lora_products, "fits", lambda *operands, starts=(0,): pieces.append(starts) or True)
+
+    def hopper_linear(*operands, **how):
+        handed.append(operands[4].shape[1])
+        return two_products_in_one(*operands, **how)
+
+    monkeypatch.setattr(lora_products, "hopper_linear", hopper_linear)
+    parts = list(zip(borders, borders[1:], strict=False))
+    check(parts, 16, problem(256, 128, parts, 16, torch.float32, "nf4", packed=True))
+    assert handed[:2] == [128, 128] and all(starts[0] == 0 for starts in pieces)
+
+
 @pytest.mark.parametrize("N, K", NARROW_WIDE)
 def test_what_is_one_product(N, K, monkeypatch):
     """A 4-bit weight is made dense above A where dx is wide."""
