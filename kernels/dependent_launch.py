@@ -3,12 +3,14 @@
 Between small kernels of a CUDA graph this hides most of the launch. sm_90 and later; elsewhere, and under the
 interpreter, the functions here do nothing.
 
-The rules of this package. A kernel launched so may do three things before ``gdc_wait`` returns: compute addresses,
-prefetch into the L2 cache, and read what was complete when its predecessor let it start. ``gdc_wait`` returns when
-the predecessor has ended and its writes are visible. A kernel that calls ``gdc_launch_dependents`` behind its own
-wait therefore promises its successor that all earlier kernels are complete: only its own outputs need waiting for;
-one that calls ``wait_for_inputs`` promises nothing, and a successor waits before it reads anything. Every kernel
-waits before it ends, so that the end of one means the end of all before it.
+The rules of this package. A kernel launched so may do four things before ``gdc_wait`` returns: compute addresses,
+prefetch into the L2 cache, read what was complete when its predecessor let it start, and write memory that was
+allocated before its predecessor's launch and that this one does not touch. ``gdc_wait`` returns when the predecessor
+has ended and its writes are visible. A kernel that calls ``gdc_launch_dependents`` behind its own wait therefore
+promises its successor that all earlier kernels are complete: only its own outputs need waiting for; one that calls it
+before its wait passes on its predecessor's promise and no more; one that calls ``wait_for_inputs`` promises nothing,
+and a successor waits before it reads anything. Every kernel waits before it ends, so that the end of one means the
+end of all before it.
 
 See "Programmatic Dependent Launch and Synchronization" in NVIDIA's CUDA C++ Programming Guide.
 """

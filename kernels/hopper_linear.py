@@ -165,8 +165,9 @@ def fits(x, out, r, *operands, starts=(0,)):
 
 
 def _describable(matrix):
-    """Whether a tensor descriptor can hold it: rows contiguous, from 16-byte boundaries."""
-    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 8 == 0 and matrix.stride(1) == 1
+    """Whether a tensor descriptor can hold it: rows contiguous and apart, from 16-byte boundaries."""
+    apart = matrix.stride(0) % 8 == 0 and matrix.stride(0) >= matrix.shape[1]
+    return apart and matrix.stride(1) == 1 and matrix.data_ptr() % 16 == 0
 
 
 def _described(matrix, *block):

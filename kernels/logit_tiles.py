@@ -217,10 +217,8 @@ def _reference_kernel(
     else:
         target_row, sample_row = target, words
     hidden_rows = hidden_ptr + rows.to(tl.int64)[:, None] * D
-    target_rows, sample_rows = (
-        target_weight_ptr + target_row[:, None] * stride_tv,
-        sample_ptr + sample_row[None, :] * stride_sv,
-    )
+    target_rows = target_weight_ptr + target_row[:, None] * stride_tv
+    sample_rows = sample_ptr + sample_row[None, :] * stride_sv
     # Two loops, since loads that feed no dot are not fetched ahead: these are few and wide instead.
     products = tl.zeros((BLOCK_M, 2 * BLOCK_D), tl.float32)
     for start in range(0, D, 2 * BLOCK_D):

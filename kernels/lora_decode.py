@@ -227,43 +227,59 @@ def _up_kernel(
     tl.store(out + target, y, mask=mask)
 
 
-def ranks(x, a, pdl, many_readers=False, beside=False):
-    """Partial sums (S, M, R) float32 of x (M, K) @ a (R, K)^T.
-
-    With ``pdl`` the next launch may read x at once. ``beside`` the launch before, which has promised as much, these
-    programs, of more than 16 rows, take what multiprocessors that one leaves.
-    """
+def _shares(x, a, many_readers):
+    """Into how many parts K is split, steps of a part, and where M > 16 the blocks of K and of ranks."""
     (M, K), R = x.shape, len(a)
+    block_k = block_r = None
     if M <= FEW_ROWS:
         warps, chunk, most, least = DOWN
         turns = triton.cdiv(K, chunk * warps)
         steps = max(triton.cdiv(turns, most), least if many_readers else 1)
     else:
-        block_k, warps, stages, least, most = TILED_DOWN
-        if M > OWN_ROWS and a.dtype == torch.float32:
-            block_k //= 2
+        block_k, _, _, least, most = TILED_DOWN
+        block_r = 16
+        if M > OWN_ROWS:
+            block_r = min(WIDE_DOWN, max(16, triton.next_power_of_2(R)))
+            if a.dtype == torch.float32:  # its tiles are to leave room for other programs, too
+                block_k //= 2
         turns = triton.cdiv(K, block_k)
         steps = max(triton.cdiv(turns, most), min(least, turns))
-    partial = torch.empty(triton.cdiv(turns, steps), M, R, dtype=torch.float32, device=x.device)
-    block_r = 16 if M <= OWN_ROWS else min(WIDE_DOWN, max(16, triton.next_power_of_2(R)))
-    across = triton.cdiv(R, block_r)
+    return triton.cdiv(turns, steps), steps, block_k, block_r
+
+
+def rank_sums(x, a, many_readers=False):
+    """Room for what ``ranks`` makes."""
+    return torch.empty(_shares(x, a, many_readers)[0], len(x), len(a), dtype=torch.float32, device=x.device)
+
+
+def ranks(x, a, pdl, many_readers=False, beside=None):
+    """Partial sums (S, M, R) float32 of x (M, K) @ a (R, K)^T.
+
+    With ``pdl`` the next launch may read x at once. beside: ``rank_sums`` made before the last launch, which has
+    promised that x is complete; these programs, for more than 16 rows, take what multiprocessors that one leaves.
+    """
+    (M, K), R = x.shape, len(a)
+    _, steps, block_k, block_r = _shares(x, a, many_readers)
+    partial = rank_sums(x, a, many_readers) if beside is None else beside
     if M <= FEW_ROWS:
+        warps, chunk, *_ = DOWN
         columns = triton.cdiv(M, 8)
-        _down_kernel[(across, 1, len(partial))](
+        _down_kernel[(triton.cdiv(R, 16), 1, len(partial))](
             x, a, partial, M, K, R, steps, PDL=pdl, WARPS=warps, COLUMNS=columns, CHUNK=chunk, num_warps=warps,
             num_stages=1, launch_pdl=pdl,
         )  # fmt: skip
     else:
-        _tiled_down_kernel[(across, triton.cdiv(M, 32), len(partial))](
-            x, a, partial, M, K, R, steps, PDL=pdl, BESIDE=beside, BLOCK_M=32, BLOCK_K=block_k,
+        _, warps, stages, *_ = TILED_DOWN
+        _tiled_down_kernel[(triton.cdiv(R, block_r), triton.cdiv(M, 32), len(partial))](
+            x, a, partial, M, K, R, steps, PDL=pdl, BESIDE=beside is not None, BLOCK_M=32, BLOCK_K=block_k,
             BLOCK_R=block_r, num_warps=warps, num_stages=stages, launch_pdl=pdl,
         )  # fmt: skip
     return partial
 
 
 def add_update(base, bias, update, dtype, pdl, early=False):
-    """What ``update`` makes of the base's y (M, N), or of its partial sums (S, M, N), and a bias. early: the launch
-    before promises that all before it is complete."""
+    """What ``update`` makes of the base's y (M, N), or of its partial sums (S, M, N), and a bias. early: when the
+    launch before lets this one start, all that came before the base and its ranks is complete, b among it."""
     (splits, M, R), r, N = update.h.shape, update.b.shape[1], base.shape[-1]
     width = N // 2 if update.gated else N
     out = torch.empty(M, width, dtype=dtype, device=base.device)
@@ -305,8 +321,9 @@ def few_rows(
         if isinstance(config, TileConfig):
             base, h = tiled_products(*operands, config, assembly, a=lora_a)
         elif isinstance(config, HopperConfig):
+            h = rank_sums(x, lora_a)  # ahead: what is freed while the product runs must not become theirs
             base = hopper_products(*operands, config)
-            h = ranks(x, lora_a, pdl, beside=True)
+            ranks(x, lora_a, pdl, beside=h)
         else:
             if own:
                 h = ranks(x, lora_a, pdl, len(words) >= 2 * WIDE_N)
@@ -322,7 +339,7 @@ def few_rows(
                 base = _matmul_triton(x, words, weight[1:], bias, quant_block, first_block)
             else:
                 base = torch.nn.functional.linear(x, words, bias)
-        # Hopper's products let the update start behind their own wait: that b is complete is promised.
+        # Hopper's products, and ranks beside them, let the update start behind the products' wait.
         early = pdl and isinstance(config, (TileConfig, HopperConfig))
         bias = bias if base.ndim == 3 else None
         return add_update(base, bias, Update(h, *of_update), x.dtype, pdl, early)

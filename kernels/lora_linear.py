@@ -12,8 +12,8 @@ adapters, so that one product with W, one with A, and in backward one of each fo
 may be without an adapter.
 
 Up to ``MAX_ROWS`` rows of 16-bit x all is two to four launches (``lora_decode``), which read the adapters live.
-More rows are library products (``lora_products``), of which x, the parameters and what they are rounded to are kept:
-nothing of (M, N) and no dense W.
+More rows are products of ``lora_products``, most of them a library's, of which x, the parameters and what they are
+rounded to are kept: nothing of (M, N) and no dense W.
 
 Precision: A and B are rounded to x's dtype, sums are float32. dA and dB come in the dtype of A and B, from float32
 sums. No atomics: results repeat bit for bit.
@@ -323,7 +323,7 @@ def _apply(
     if isinstance(weight, QuantizedWeight):
         codes, scales, quant_block, first_block = weight.operands()
         tensors = [codes, *scales]
-    rows = x.reshape(-1, K).contiguous()
+    rows, bias = x.reshape(-1, K).contiguous(), None if bias is None else bias.contiguous()
     operands = rows, bias, tensors, columns, float(scaling), quant_block, first_block
     if torch.is_grad_enabled():
         y = _LoraLinear.apply(*operands, value, gradients, *adapters)

@@ -1,16 +1,17 @@
-"""Products of a linear layer with low-rank adapters on many rows, by a library: y, and the gradients.
+"""Products of a linear layer with low-rank adapters on many rows, most by a library: y, and the gradients.
 
-With the names of ``lora_linear``: 5 + P launches forward, of which two round A and B and one dequantises, and 6 + 2 P
-backward. On Hopper, base and adapter are one product (``hopper_linear``), for y and for dx, of enough rows unless the
-base's is long: 5 launches and 5 + 2 P. Elsewhere the adapter's part of y, and of dx, is written first, and the base
-product adds itself to it: one pass over y less than the other way round. There, where W is 4-bit and dx at least
-``WIDE`` times as wide as dy, dx = [dy, scaling g] [W; A] is one product of a library: a launch more, and two passes
-over dx less. (y = [x, scaling h] [W, B]^T does not pay: libraries are slower at rows of K + r values.)
+With the names of ``lora_linear``: 5 + P launches forward, of which two round A and B and one dequantises, and 5 + 2 P
+backward, beside those by which a library splits a sum. On Hopper base and adapter are one product for y and for dx
+(``hopper_linear``), of enough rows unless the base's is long: 5 launches, for W in one piece, and 4 + 2 P. Elsewhere
+the adapter's part of y, and of dx, is written first, and the base product adds itself to it: a pass over y less than
+the other way round. There, where W is 4-bit and dx at least ``WIDE`` times as wide as dy, dx = [dy, scaling g] [W; A]
+is one product of a library: a launch more, and two passes over dx less. (y = [x, scaling h] [W, B]^T does not pay:
+libraries are slower at rows of K + r values.)
 
 FLOPs of the adapters: 2 M r (N + K) forward, 2 M r (2 N + 3 K) backward for P = 1; h is made again. Memory beside the
 outputs, in values of x's dtype: P r K + N r for the rounded A and B, 2 M P r for h and g, and, while a product with a
-4-bit W runs, its N K values; of two ``pieces`` one, and in backward M K float32 sums. As one product: a copy of dy,
-and P r rows of A below W.
+4-bit W runs, its N K values; of two ``pieces`` one, and in backward M K float32 sums. As a library's one product: a
+copy of dy, and P r rows of A below W.
 
 Precision: sums are float32. scaling * h and scaling * g are rounded to x's dtype once, where they enter the next
 product, and so are the adapter's parts of y and dx where they are written first. dA and dB come in the dtype that is
@@ -19,6 +20,7 @@ asked for, from float32 sums.
 
 import torch
 
+from .code_words import aligned
 from .hopper_linear import fits, hopper_linear
 from .logit_passes import addmm_
 from .lora_decode import MAX_ROWS
@@ -67,7 +69,7 @@ def _one_product(x, weight, a, b, y, spans, scaling, bias, quant_block, first_bl
 
 def many_rows(x, weight, lora_a, lora_b, columns, scaling, bias, quant_block, first_block):
     """``few_rows``, without what may follow it, for more rows: y (M, N)."""
-    M, N = len(x), len(weight[0])
+    M, N, x = len(x), len(weight[0]), aligned(x)  # where a view starts must not choose the product
     a, b, r, spans = lora_a.to(x.dtype), lora_b.to(x.dtype), lora_b.shape[1], spans_of(columns)
     whole = b.shape[0] == N  # no output is without an adapter
     if whole:
@@ -93,7 +95,7 @@ def gradients(
     dy, x, weight, lora_a, lora_b, columns, scaling, quant_block, first_block, needs_x, needs_lora, a_dtype, b_dtype
 ):  # fmt: skip
     """[dx, dA, dB of each part] from dy (M, N), which is not empty; empty tensors for what is not needed."""
-    dy, a, b, r = dy.contiguous(), lora_a.to(x.dtype), lora_b.to(x.dtype), lora_b.shape[1]
+    x, dy, a, b, r = aligned(x), aligned(dy), lora_a.to(x.dtype), lora_b.to(x.dtype), lora_b.shape[1]
     (N, K), ranks, spans = (dy.shape[1], x.shape[1]), len(lora_a), spans_of(columns)
     parts, given = pieces(N, K, quant_block), () if quant_block else weight
     whole = needs_x and len(parts) == 1 and fits(dy, x, ranks, a, *given)  # dx is shaped as x

@@ -268,5 +268,6 @@ def matmul_4bit(x, q, bias=None):
         with torch.autocast(x.device.type, enabled=False):
             return matmul_4bit(x, q, bias)
     codes, scales, quant_block, first_block = q.operands()
+    bias = None if bias is None else bias.contiguous()
     y = matmul_op(x.reshape(-1, K), codes, scales, bias, quant_block, first_block)
     return y.view(*x.shape[:-1], N)

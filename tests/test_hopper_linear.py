@@ -1,6 +1,8 @@
 """Two products in one for Hopper: how it compiles, and on a GPU its bits, errors and what it must not touch."""
 
 import os
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +12,13 @@ from nanogrpo.kernels.hopper_linear import BLOCK_M, BLOCK_N, STAGES, fits
 from numerics import EPS, assert_no_worse_than
 
 COMPILES = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Gluon has no interpreter")
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+def on_hopper(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not HOPPER, reason="needs Hopper")(test))
+
+
 # M, K, N, r, starts: one tile, many turns of a program, rests in every direction, parts, ranks in two steps
 SHAPES = [
     (128, 64, 256, 64, [0]), (1, 8, 8, 8, [0]), (4100, 1544, 1800, 40, [0, 384]), (8192, 1536, 1536, 16, [0]),
@@ -56,12 +65,48 @@ def test_compiles_for_hopper_without_spilling(dtype, bias, by_rows, tmp_path):
     assert "setmaxnreg" in compiled.asm["ptx"], "the fetching warp gives its registers away"
 
 
+def matrix(rows, cols, dtype=torch.bfloat16, pointer=512, strides=None):
+    """As much of a CUDA tensor as ``fits`` looks at."""
+    strides = strides or (cols, 1)
+    return SimpleNamespace(
+        shape=(rows, cols), dtype=dtype, device=torch.device("cuda", 0), is_cuda=True,
+        data_ptr=lambda: pointer, stride=lambda dim: strides[dim],
+    )  # fmt: skip
+
+
+def asked(M=768, K=1536, N=2048, r=64, starts=(0,), arch=90, out=None, b=None, **of_x):
+    out, b = out or matrix(M, N), b or matrix(N, r)
+    with (
+        mock.patch.object(hopper_linear._runtime, "arch", lambda device: arch),
+        mock.patch.object(hopper_linear._runtime, "INTERPRET", False),
+    ):
+        return fits(matrix(M, K, **of_x), out, r, b, starts=starts)
+
+
+@pytest.mark.parametrize("taken", [
+    {}, {"M": 10**6}, {"K": 4096}, {"r": 8}, {"starts": (0, 1536, 1792)}, {"starts": (0, 128, 128)},
+    {"dtype": torch.float16}, {"strides": (1544, 1)},
+])  # fmt: skip
+def test_what_fits(taken):
+    assert asked(**taken)
+
+
+@pytest.mark.parametrize("refused", [
+    {"M": 767}, {"K": 4104}, {"K": 1532}, {"N": 2044}, {"r": 4}, {"starts": (0, 64)}, {"starts": (0, 128, 256, 384)},
+    {"arch": 80}, {"arch": 100}, {"dtype": torch.float32}, {"pointer": 520}, {"strides": (1540, 1)},
+    {"strides": (1, 768)}, {"strides": (0, 1)}, {"out": matrix(768, 2048, pointer=520)},
+    {"b": matrix(2048, 64, pointer=520)},
+])  # fmt: skip
+def test_what_does_not_fit(refused):
+    assert not asked(**refused)
+
+
 def test_a_cpu_has_no_such_product():
     x = torch.zeros(8192, 1536, dtype=torch.bfloat16)
     assert not fits(x, torch.empty(8192, 8960, dtype=torch.bfloat16), 64)
 
 
-@pytest.mark.gpu
+@on_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("M, K, N, r, starts", SHAPES)
 def test_values(M, K, N, r, starts, dtype):
@@ -81,7 +126,7 @@ def test_values(M, K, N, r, starts, dtype):
     assert_no_worse_than(dx, x @ w.T + h @ a, truth, floor=EPS[dtype], name="dx")
 
 
-@pytest.mark.gpu
+@on_hopper
 @pytest.mark.parametrize("by_rows", [False, True])
 def test_integers_come_out_exactly(by_rows):
     """Every place of many tiles, over more steps than the ring has slots: what is given away too soon would show."""
@@ -97,7 +142,7 @@ def test_integers_come_out_exactly(by_rows):
         assert torch.equal(y.double(), truth + bias.double() if by_rows else truth)
 
 
-@pytest.mark.gpu
+@on_hopper
 def test_rows_beyond_two_to_the_31():
     M, K, N, r = 2**21 + 130, 64, 1032, 8
     x, w, h, b, bias, _ = drawn(M, K, N, r, [0], torch.bfloat16)
@@ -107,7 +152,7 @@ def test_rows_beyond_two_to_the_31():
     assert (y[last] - want).abs().max() < 0.1 and not y.isnan().any()
 
 
-@pytest.mark.gpu
+@on_hopper
 def test_who_takes_it(monkeypatch):
     """Real projections of many rows go there, forward and backward; odd ranks and long sums to a library."""
     calls, launch = [], lora_products.hopper_linear
@@ -139,7 +184,7 @@ def test_who_takes_it(monkeypatch):
     assert run(8192, 1536, 8960, 5, [0, 8960]) == run(767, 1536, 8960, 64, [0, 8960]) == ([], [])
 
 
-@pytest.mark.gpu
+@on_hopper
 def test_a_row_knows_no_other():
     M, K, N, r, starts = 3001, 1536, 2048, 64, [0, 1536, 1792]
     x, w, h, b, bias, _ = drawn(M, K, N, r, starts, torch.bfloat16)
@@ -151,7 +196,7 @@ def test_a_row_knows_no_other():
         assert torch.equal(part, whole[rows])
 
 
-@pytest.mark.gpu
+@on_hopper
 def test_pieces_and_parts_that_meet_elsewhere(monkeypatch):
     """A weight that is dense by halves, whose parts do not end where the halves do."""
     generator = torch.Generator("cuda").manual_seed(0)
@@ -160,7 +205,12 @@ def test_pieces_and_parts_that_meet_elsewhere(monkeypatch):
     q = quantize_4bit(draw(N, K, scale=K**-0.5), "nf4").packed()
     x, a, b, bias = draw(M, K), draw(2 * r, K, scale=K**-0.5), draw(N, r, scale=r**-0.5), draw(N)
     codes, scales, *layout = q.operands()
+    calls, launch = [], lora_products.hopper_linear
+    monkeypatch.setattr(
+        lora_products, "hopper_linear", lambda *args: calls.append(args[4].shape) or launch(*args)
+    )
     y = lora_products.many_rows(x, [codes, *scales], a, b, columns, 0.5, bias, *layout)
+    assert calls == [(M, N // 2)] * 2
     rows = slice(1000, 1100)
     weight, h = dequantize_4bit(q).double(), x[rows].double() @ a.double().T
     truth = plain(x[rows].double(), weight, 0.5 * h, b.double(), bias.double(), [0, 4096])

@@ -558,3 +558,11 @@ def test_gpu_memory_is_as_stated():
     grads = torch.autograd.grad(y, leaves, dy)
     outputs = y.nbytes + sum(grad.nbytes for grad in grads)
     assert torch.cuda.max_memory_allocated() - before <= outputs + beside
+
+
+def test_a_bias_of_any_stride(device):
+    x, weight, a, b, _, _ = problem((5,), 64, 48, 4, torch.float16, format="nf4", bias=False, device=device)
+    wide = torch.randn(96, device=device).half()
+    for bias in (wide[::2], wide[:1].expand(48)):
+        together = lora_linear(x, weight, a, b, 0.5, bias)
+        assert torch.equal(together, lora_linear(x, weight, a, b, 0.5, bias.clone()))

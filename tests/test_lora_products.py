@@ -100,32 +100,44 @@ def two_products_in_one(x, w, h, b, out, bias=None, starts=(0,), by_rows=True):
     return out.copy_(y if bias is None else y + bias)
 
 
-@given(problems(), st.booleans(), st.booleans())
-def test_what_goes_to_hopper(found, bias, halves):
-    """Parts and pieces as they are handed over: which rows of W and B, and which ranks, belong together."""
-    parts, r, tensors = found
+@st.composite
+def whole_problems(draw, halves):
+    """No output without an adapter; W dense at once or by halves."""
+    N, K = draw(st.sampled_from([(256, 128), (512, 128)] if halves else [(256, 128), (96, 256)]))
+    inner = draw(st.lists(st.integers(0, N), max_size=3))  # twice the same: a part of no outputs
+    borders = [0, *sorted(inner), N]
+    parts = list(zip(borders, borders[1:], strict=False))
+    format = draw(st.sampled_from(["nf4", "int4"] if halves else [None, "nf4"]))
+    r, seed = draw(st.sampled_from([1, 8, 40])), draw(st.integers(0, 99))
+    return parts, r, problem(N, K, parts, r, torch.float32, format, packed=format is not None, seed=seed)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@given(data=st.data(), bias=st.booleans())
+def test_each_output_once_with_its_own_ranks(halves, data, bias):
+    """What is handed to Hopper's product: which rows of W, B and bias, and which ranks, belong together."""
+    parts, r, tensors = data.draw(whole_problems(halves))
+    calls = []
+
+    def product(x, w, h, b, out, offset=None, starts=(0,), by_rows=True):
+        if by_rows:
+            assert (
+                starts[0] == 0 and list(starts) == sorted(starts) and h.shape[1] == len(starts) * b.shape[1]
+            )
+            assert len(w) == len(b) == out.shape[1] and (offset is None or len(offset) == len(w))
+            calls.append(len(starts))
+        else:
+            assert h.shape[1] == len(b) and w.shape[1] == b.shape[1] == out.shape[1]
+        assert out.isnan().all(), "written twice"  # allocations are filled
+        return two_products_in_one(x, w, h, b, out, offset, starts, by_rows)
+
     with (
         mock.patch.object(quantization, "WHOLE", 64 if halves else quantization.WHOLE),
         mock.patch.object(lora_products, "fits", lambda *operands, **starts: True),
-        mock.patch.object(lora_products, "hopper_linear", two_products_in_one),
+        mock.patch.object(lora_products, "hopper_linear", product),
     ):
         check(parts, r, tensors, bias=bias)
-
-
-@pytest.mark.parametrize("borders", [[0, 256], [0, 100, 256], [0, 128, 256], [0, 130, 140, 256]])
-def test_whole_outputs_go_to_hopper_in_pieces(borders, monkeypatch):
-    pieces, handed = [], []
-    monkeypatch.setattr(quantization, "WHOLE", 64)
-    monkeypatch.setattr(lora_products, "fits", lambda *operands, starts=(0,): pieces.append(starts) or True)
-
-    def hopper_linear(*operands, **how):
-        handed.append(operands[4].shape[1])
-        return two_products_in_one(*operands, **how)
-
-    monkeypatch.setattr(lora_products, "hopper_linear", hopper_linear)
-    parts = list(zip(borders, borders[1:], strict=False))
-    check(parts, 16, problem(256, 128, parts, 16, torch.float32, "nf4", packed=True))
-    assert handed[:2] == [128, 128] and all(starts[0] == 0 for starts in pieces)
+    assert calls
 
 
 @pytest.mark.parametrize("N, K", NARROW_WIDE)

@@ -361,3 +361,10 @@ def test_more_than_two_to_the_31_weights(format, M):
     y = matmul_4bit(x.to("cuda", torch.bfloat16), q)
     assert torch.equal(y, truth.repeat(1, N // 8))
     assert isinstance(q, QuantizedWeight) and N * K > 2**31
+
+
+def test_a_bias_of_any_stride():
+    q, wide = made(48, 64, "nf4", False, 0, 64), torch.randn(96).half()
+    x = torch.randn(5, 64).half()
+    for bias in (wide[::2], wide[:1].expand(48)):
+        assert torch.equal(matmul_4bit(x, q, bias), matmul_4bit(x, q, bias.clone()))
