@@ -9,8 +9,9 @@ export PYTHONSAFEPATH := 1
 train: $(VENV)/ready
 	$(BIN)/nanogrpo train $(ARGS)
 
+# a thread each: where cores are few, those of two processes wait for each other
 test: $(VENV)/ready-test
-	$(MAKE) --jobs 2 test-compiled test-interpreted
+	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 test-compiled test-interpreted
 
 test-compiled: $(VENV)/ready-test
 	$(BIN)/python -m pytest

@@ -8,6 +8,7 @@ others with an error.
 """
 
 import contextlib
+import importlib
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -128,6 +129,8 @@ def launched(device):
     cuda = torch.cuda.is_available() and device != "cpu"
     if cuda:
         torch.cuda.set_device(dist.get_node_local_rank())
+    # Imported while a group lives, as optimisers do, it keeps that group, whose threads then outlast the interpreter.
+    importlib.import_module("torch._dynamo")
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     yield Ranks(dist.get_rank(), dist.get_world_size())
     # After an error the others may never come: the process just ends.
