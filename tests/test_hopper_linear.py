@@ -149,6 +149,7 @@ def test_rows_beyond_two_to_the_31():
     y = hopper_linear.hopper_linear(x, w, h, b, x.new_full((M, N), torch.nan), bias)
     last = slice(M - 300, M)
     want = plain(x[last].double(), w.double(), h[last].double(), b.double(), bias.double(), [0])
+    # below 16 a rounding errs by at most 1/32; rows of another place would differ by about 1
     assert (y[last] - want).abs().max() < 0.1 and not y.isnan().any()
 
 

@@ -62,6 +62,7 @@ def test_which_products_are_its_own(M, N, K, hopper):
     words = torch.empty(N, K // 8, dtype=torch.int32, device="meta")
     assert isinstance(product_config(90, M, words, "nf4"), HopperConfig) == hopper
     assert not isinstance(product_config(100, M, words, "nf4"), HopperConfig)
+    assert isinstance(product_config(90, M, words, "int4"), HopperConfig) == (hopper and M > 8)
 
 
 @COMPILES
